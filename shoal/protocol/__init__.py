@@ -1,0 +1,1 @@
+"""What peers agree on and say. Imports nothing from the other folders."""
