@@ -1,0 +1,1 @@
+"""What peers compute together. Imports only `shoal.protocol`."""

@@ -1,0 +1,288 @@
+"""A feeder drives its microbatches through the stages and replays what a plan misses (DESIGN 4.4).
+
+Per microbatch: forward through stages 0..S-2, backward at the last stage (which computes the loss), backward down to 0.
+On failure another server gets the same input. A boundary cache (inputs and output gradients per stage) makes a repair
+one call where the feeder still has them; it is bounded and may be dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from shoal.protocol.codecs import encode, pack, unpack
+from shoal.protocol.deadlines import Deadline
+from shoal.protocol.events import HoleRepaired, MicrobatchFinished, MicrobatchRetried, MicrobatchStarted, Reason
+from shoal.protocol.runlog import Entry
+from shoal.protocol.sampling import beacon_for, order
+from shoal.protocol.transport import CallError, Method, Refused, Reply, Request, Unanswered
+from shoal.swarm.pipeline.context import BatchSource, Context
+from shoal.swarm.pipeline.history import History
+from shoal.swarm.pipeline.messages import Computed, FeederDone, Hole, Repair, Repaired, Round, Work
+from shoal.swarm.pipeline.roles import microbatches_of
+from shoal.swarm.pipeline.router import Router
+
+CACHED_MICROBATCHES = 64
+OVER = frozenset({Reason.STALE, Reason.FROZEN, Reason.WRONG_RUN, Reason.AHEAD})  # this round takes no more work from us
+BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+class RoundOver(Exception):
+    """The round takes no more work of this kind: it is frozen, or history has moved on."""
+
+
+@dataclass(slots=True)
+class _Boundaries:
+    """What crossed the stage boundaries for one microbatch: x[s] went into stage s, dy[s] came back to it (encoded)."""
+
+    labels: bytes
+    x: dict[int, bytes] = field(default_factory=dict)
+    dy: dict[int, bytes] = field(default_factory=dict)
+    served_by: dict[int, str] = field(default_factory=dict)  # stage -> who ran the forward
+    loss: float = 0.0
+
+
+class Feeder:
+    """Feeds the rounds of this peer. Routers and deadlines persist across rounds; everything else is per round."""
+
+    def __init__(self, context: Context, history: History, data: BatchSource | None) -> None:
+        self._context = context
+        self._history = history
+        self._data = data
+        stages = context.spec.shape.stages
+        self._routers = [Router() for _ in range(stages)]
+        self._deadlines = {
+            (stage, call.name): Deadline(context.patience.work_s, context.patience.floor_s, context.patience.ceiling_s)
+            for stage in range(stages)
+            for call in (context.calls.forward, context.calls.backward)
+        }
+        self.fed: Round | None = None  # the last round whose share this feeder finished
+        self._cache: OrderedDict[tuple[Round, int], _Boundaries] = OrderedDict()
+
+    def serve(self) -> None:
+        self._context.transport.serve(self._context.calls.repair, self._on_repair)
+
+    @property
+    def able(self) -> bool:
+        """Does this node have the run's data?"""
+        return self._data is not None
+
+    async def feed(self, head: Entry) -> None:
+        """Drive this peer's share of the round after `head`, then tell the committee. Cancelled when the round ends."""
+        where = self._history.here()
+        feeders = order(
+            head.feeders(), head.run, where.round, beacon_for(self._history.chain, where.round), "microbatches"
+        )
+        mine = list(microbatches_of(self._context.me, feeders, self._context.spec.microbatches))
+        self._update_routers(head)
+        servers = sum(len(head.servers(s)) for s in range(self._context.spec.shape.stages))
+        window = max(2, -(-2 * servers // max(1, len(feeders))))
+        queue = mine[::-1]
+
+        async def worker() -> None:
+            while queue:
+                await self._drive(where, head, queue.pop())
+
+        over = False
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(window, len(mine))):
+                    group.create_task(worker())
+        except* RoundOver:
+            over = True
+        if not over:
+            self.fed = where
+            await self._report(where, head, tuple(mine))
+
+    async def _report(self, where: Round, head: Entry, microbatches: tuple[int, ...]) -> None:
+        message = FeederDone(at=where, microbatches=microbatches)
+
+        async def tell(peer: str) -> None:
+            try:
+                await self._context.transport.call(
+                    peer, self._context.calls.feeder_done, message, timeout_s=self._context.patience.pong_s
+                )
+            except CallError:
+                pass  # the leader looks after feeders that it does not hear from
+
+        async with asyncio.TaskGroup() as group:
+            for peer in head.committee:
+                group.create_task(tell(peer))
+
+    def _update_routers(self, head: Entry) -> None:
+        for stage, router in enumerate(self._routers):
+            router.update(head.servers(stage))
+
+    async def _boundaries(self, where: Round, head: Entry, microbatch: int) -> _Boundaries:
+        key = (where, microbatch)
+        known = self._cache.get(key)
+        if known is None:
+            if self._data is None:
+                raise Refused(Reason.DATA_MISMATCH, "this node has no training data")
+            first = head.next_sample + microbatch * self._context.spec.microbatch_samples
+            ids = range(first, first + self._context.spec.microbatch_samples)
+            x, labels = await self._context.run_in_thread(self._data.batch, ids)
+            known = _Boundaries(labels=encode(labels, "none"), x={0: encode(x, "none")})
+            self._cache[key] = known
+            while len(self._cache) > CACHED_MICROBATCHES:
+                self._cache.popitem(last=False)
+        return known
+
+    async def _drive(self, where: Round, head: Entry, microbatch: int) -> None:
+        """One microbatch, forward and backward, accumulated once in every stage."""
+        started = self._context.now()
+        self._context.emit(MicrobatchStarted(where.round, microbatch))
+        boundaries = await self._boundaries(where, head, microbatch)
+        last = self._context.spec.shape.stages - 1
+        await self._forward_to(where, boundaries, microbatch, last)
+        for stage in range(last, -1, -1):
+            await self._backward(where, boundaries, microbatch, stage, accumulate=True)
+        self._context.emit(
+            MicrobatchFinished(
+                where.round,
+                microbatch,
+                self._context.spec.microbatch_samples,
+                boundaries.loss / self._context.spec.microbatch_samples,
+                self._context.now() - started,
+            )
+        )
+
+    async def _forward_to(self, where: Round, known: _Boundaries, microbatch: int, stage: int) -> None:
+        """Have x of `stage`: run the forwards that are not cached."""
+        start = max(s for s in known.x if s <= stage)
+        for s in range(start, stage):
+            work = Work(at=where, stage=s, microbatch=microbatch)
+            known.x[s + 1], _, known.served_by[s] = await self._call(work, known.x[s], None, None)
+
+    async def _backward(
+        self, where: Round, known: _Boundaries, microbatch: int, stage: int, *, accumulate: bool
+    ) -> None:
+        """Backward of one stage wherever the router says, preferably where the forward ran."""
+        work = Work(at=where, stage=stage, microbatch=microbatch, accumulate=accumulate)
+        await self._forward_to(where, known, microbatch, stage)
+        second = known.dy.get(stage, known.labels)
+        dx, loss, _ = await self._call(work, known.x[stage], second, known.served_by.get(stage))
+        self._keep(known, stage, dx, loss)
+
+    def _keep(self, known: _Boundaries, stage: int, dx: bytes, loss: float) -> None:
+        if stage == self._context.spec.shape.stages - 1:
+            known.loss = loss
+        if stage > 0:
+            known.dy[stage - 1] = dx
+
+    async def _call(
+        self, work: Work, x: bytes, second: bytes | None, prefer: str | None
+    ) -> tuple[bytes, float, str]:
+        """Send one piece of work until a server has done it. Returns (encoded result, loss, server).
+
+        Raises RoundOver. An answer that never came may have had its effect: the next attempt says so.
+        """
+        router = self._routers[work.stage]
+        attempt = 0
+        failures = 0
+        call = self._context.calls.forward if second is None else self._context.calls.backward
+        body = pack([x] if second is None else [x, second])
+        while True:
+            now = self._context.now()
+            choice = prefer if prefer is not None and failures == 0 else router.choose(now)
+            if choice is None:
+                await self._back_off(work.at, failures)
+                failures += 1
+                continue
+            header = work.model_copy(update={"attempt": attempt})
+            try:
+                parts, loss = await self._send(router, choice, call, header, body)
+            except CallError as error:
+                if error.reason in OVER and isinstance(error, Refused):
+                    raise RoundOver from error
+                if isinstance(error, Unanswered):
+                    attempt += 1
+                failures += 1
+                self._context.emit(
+                    MicrobatchRetried(work.at.round, work.microbatch, work.stage, choice, error.reason)
+                )
+                await self._back_off(work.at, failures - 1)
+                continue
+            return parts, loss, choice
+
+    async def _send(
+        self, router: Router, peer: str, call: Method[Work, Computed], work: Work, body: bytes
+    ) -> tuple[bytes, float]:
+        """One attempt at one server, measured. Raises CallError."""
+        deadline = self._deadlines[work.stage, call.name]
+        ticket = router.start(peer, self._context.now())
+        started = self._context.now()
+        try:
+            reply = await self._context.transport.call(peer, call, work, body, timeout_s=deadline.value())
+            parts = unpack(reply.body, max_parts=1) if reply.body else ()
+        except CallError as error:
+            router.failed(peer, ticket, self._context.now(), penalty_s=_PENALTY_S.get(error.reason, 1.0))
+            if error.reason is Reason.DEADLINE:
+                deadline.expire(self._context.now() - started)
+            raise
+        except asyncio.CancelledError:
+            router.cancelled(peer, ticket)
+            raise
+        router.succeeded(peer, ticket, self._context.now())
+        deadline.observe(self._context.now() - started)
+        return (bytes(parts[0]) if parts else b""), reply.header.loss
+
+    async def _back_off(self, where: Round, failures: int) -> None:
+        """Wait before the next attempt; a decided entry ends the wait, and with it the round."""
+        if self._history.here() != where:
+            raise RoundOver
+        try:
+            await self._history.beyond(where.round - 1, BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+        except TimeoutError:
+            return
+        raise RoundOver
+
+    # --- repair ---------------------------------------------------------------------------------------------------
+    async def _on_repair(self, request: Request[Repair]) -> Reply[Repaired]:
+        order_ = request.header
+        await self._history.reach(order_.at, self._context.patience.pong_s, request.sender)
+        head = self._history.head
+        if request.sender not in head.committee:
+            raise Refused(Reason.NOT_MEMBER)
+        if any(h.stage >= self._context.spec.shape.stages for h in order_.holes):
+            raise Refused(Reason.MALFORMED, "no such stage")
+        if any(h.microbatch >= self._context.spec.microbatches for h in order_.holes):
+            raise Refused(Reason.MALFORMED, "no such microbatch")
+        self._update_routers(head)
+        done = 0
+        for hole in order_.holes:
+            try:
+                await self._fill(order_.at, head, order_.plan, hole)
+                done += 1
+            except (CallError, RoundOver):
+                continue  # the next freeze shows it as a hole again
+        return Reply(Repaired(done=done))
+
+    async def _fill(self, where: Round, head: Entry, plan: int, hole: Hole) -> None:
+        """Forward 0..s-1 without effect, backward last..s+1 without accumulating, accumulating backward at s."""
+        known = await self._boundaries(where, head, hole.microbatch)
+        last = self._context.spec.shape.stages - 1
+        if hole.stage < last and hole.stage not in known.dy:
+            await self._forward_to(where, known, hole.microbatch, last)
+            for stage in range(last, hole.stage, -1):
+                if stage - 1 not in known.dy:
+                    await self._backward(where, known, hole.microbatch, stage, accumulate=False)
+        await self._forward_to(where, known, hole.microbatch, hole.stage)
+        work = Work(
+            at=where, stage=hole.stage, microbatch=hole.microbatch, plan=plan, attempt=1, accumulate=True
+        )
+        body = pack([known.x[hole.stage], known.dy.get(hole.stage, known.labels)])
+        parts, loss = await self._send(
+            self._routers[hole.stage], hole.server, self._context.calls.backward, work, body
+        )
+        self._keep(known, hole.stage, parts, loss)
+        self._context.emit(HoleRepaired(where.round, plan, hole.stage, hole.microbatch))
+
+    def forget_before(self, round_: int) -> None:
+        for key in [key for key in self._cache if key[0].round < round_]:
+            del self._cache[key]
+
+
+_PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 0.2, Reason.WRONG_STAGE: 0.2}
+

@@ -1,0 +1,456 @@
+"""Leading a round: wait for the feeders, freeze, plan, repair, reduce, and propose the entry (DESIGN 4.4).
+
+Any committee member may lead; the order says who begins. Leading needs no state of its own: everything a successor
+must know is asked again from the servers, and Paxos keeps two leaders from deciding two different entries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from shoal.protocol import paxos
+from shoal.protocol.deadlines import Deadline
+from shoal.protocol.events import (
+    LeadershipTaken,
+    MemberAdmitted,
+    MemberDropped,
+    OperationTimed,
+    Phase,
+    PlanMade,
+    ProposalFailed,
+    Reason,
+    RoundFrozen,
+    WaitingForQuorum,
+)
+from shoal.protocol.events import StageUncovered as StageUncoveredEvent
+from shoal.protocol.runlog import (
+    Commit,
+    Decided,
+    Decision,
+    Entry,
+    Member,
+    Pin,
+    Reconfigure,
+    Rollback,
+    StageCommit,
+    Vote,
+    majority,
+)
+from shoal.protocol.sampling import beacon_for, next_beacon, order
+from shoal.protocol.transport import CallError, Empty, Message, Method, Refused, Reply, Request
+from shoal.swarm.pipeline.acceptor import Acceptor
+from shoal.swarm.pipeline.context import Context
+from shoal.swarm.pipeline.decide import StageState, needs_rollback, next_pin, survey, uncovered
+from shoal.swarm.pipeline.history import History
+from shoal.swarm.pipeline.messages import (
+    Accept,
+    AcceptVote,
+    Adopt,
+    Contribution,
+    Discard,
+    FeederDone,
+    Freeze,
+    Hole,
+    Learn,
+    Ping,
+    Pong,
+    Prepare,
+    PreparedReport,
+    Promise,
+    Reduce,
+    Repair,
+    Report,
+    Round,
+)
+from shoal.swarm.pipeline.roles import next_members
+
+RETRY_S = 0.1  # between two attempts to decide the same round
+
+
+class Leader:
+    """Leads rounds when told to. One instance per peer; `lead` is cancelled when the round is decided."""
+
+    def __init__(
+        self,
+        context: Context,
+        history: History,
+        acceptor: Acceptor,
+        joiners: Callable[[], Mapping[str, Member]],
+        leaving: Callable[[], frozenset[str]],
+    ) -> None:
+        self._context = context
+        self._history = history
+        self._acceptor = acceptor
+        self._joiners = joiners
+        self._leaving = leaving
+        self._done: dict[str, FeederDone] = {}
+        self._fed: set[str] = set()  # feeders of the round under way that said so when they were looked at
+        self._usual = Deadline(context.patience.round_s, context.patience.freeze_s, context.patience.ceiling_s)
+        self._news = asyncio.Event()
+        self.leading: Round | None = None
+
+    def serve(self) -> None:
+        self._context.transport.serve(self._context.calls.feeder_done, self._on_feeder_done)
+
+    async def _on_feeder_done(self, request: Request[FeederDone]) -> Reply[Empty]:
+        await self._history.reach(request.header.at, self._context.patience.pong_s, request.sender)
+        self._done[request.sender] = request.header
+        self._news.set()
+        return Reply(Empty())
+
+    async def lead(self, rank: int) -> None:
+        """Drive the round under way to its entry. Returns when an entry was decided (by us or by another)."""
+        where = self._history.here()
+        self.leading = where
+        self._fed = set()
+        self._context.emit(LeadershipTaken(where.round, rank))
+        plan = 0
+        try:
+            if self._history.head.round > 0:
+                await self._await_feeders(where)
+            while self._history.here() == where:
+                plan += 1
+                if not await self._attempt(where, rank, plan * paxos.RANKS + rank):
+                    await self._pause(where)
+        finally:
+            self.leading = None
+
+    async def _pause(self, where: Round) -> None:
+        try:
+            await self._history.beyond(where.round - 1, RETRY_S)
+        except TimeoutError:
+            return
+
+    # --- waiting for the feeders ------------------------------------------------------------------------------------
+    async def _await_feeders(self, where: Round) -> None:
+        """Until every feeder is done or away, or a stage has nobody who works, or rounds usually end much sooner."""
+        head = self._history.head
+        started = self._context.now()
+        misses: dict[str, int] = {}
+        idle: dict[int, int] = {}
+        stages = range(self._context.spec.shape.stages)
+        while self._history.here() == where:
+            if self._context.now() - started > self._usual.value():
+                self._usual.expire(self._context.now() - started)
+                return
+            waiting = [p for p in head.feeders() if not self._finished(p, where) and misses.get(p, 0) < self._limit]
+            if not waiting:
+                self._usual.observe(self._context.now() - started)
+                return
+            self._news.clear()
+            try:
+                async with asyncio.timeout(self._context.patience.ping_s):
+                    await self._news.wait()
+                continue
+            except TimeoutError:
+                pass
+            pongs = await self._ping([m.peer for m in head.members])
+            for member in head.members:
+                misses[member.peer] = 0 if member.peer in pongs else misses.get(member.peer, 0) + 1
+            for stage in stages:
+                works = any(p.ready and p.stage == stage and p.round == where.round for p in pongs.values())
+                idle[stage] = 0 if works else idle.get(stage, 0) + 1
+            if max(idle.values()) >= self._limit:
+                return
+            self._fed |= {peer for peer, pong in pongs.items() if pong.fed and pong.round == where.round}
+
+    @property
+    def _limit(self) -> int:
+        return self._context.patience.misses
+
+    def _finished(self, feeder: str, where: Round) -> bool:
+        done = self._done.get(feeder)
+        return feeder in self._fed or (done is not None and done.at == where)
+
+    async def _ping(self, peers: Sequence[str]) -> dict[str, Pong]:
+        return await self._ask(peers, self._context.calls.ping, self._ping_of, self._context.patience.pong_s)
+
+    def _ping_of(self, _: str) -> Ping:
+        return Ping(run=self._context.spec.run)
+
+    # --- one attempt ------------------------------------------------------------------------------------------------
+    async def _attempt(self, where: Round, rank: int, plan: int) -> bool:
+        """Freeze, and do the next thing. True if that was a decision."""
+        head, spec = self._history.head, self._context.spec
+        ranked = order(
+            (m.peer for m in head.members), head.run, where.round, beacon_for(self._history.chain, where.round)
+        )
+        reports = await self._freeze(where, plan, ranked)
+        states = survey(spec.shape.stages, spec.microbatches, reports, ranked)
+        missing = uncovered(states)
+        if missing:
+            return await self._cover(where, rank, reports, missing)
+        if head.step == 0 and not self._enough_to_start(states, reports):
+            return False
+        plans = [s.plan for s in states if s.plan is not None]
+        holes = [Hole(stage=p.stage, microbatch=m, server=server) for p in plans for m, server in p.holes]
+        self._context.emit(PlanMade(where.round, plan, len(holes), sum(p.wasted for p in plans)))
+        if holes:
+            await self._repair(where, plan, states, holes, reports)
+            return False
+        prepared = await self._prepare_stages(where, plan, states)
+        if any(len(prepared.get(s.stage, ())) < s.enough for s in states):
+            return False
+        return await self._commit(where, rank, plan, reports, prepared, ranked)
+
+    def _enough_to_start(self, states: Sequence[StageState], reports: Mapping[str, Report]) -> bool:
+        """The first round waits for every member server to be ready, so that all of them share the work from there."""
+        return all(r.ready or r.stage is None for r in reports.values()) and all(s.servers for s in states)
+
+    async def _freeze(self, where: Round, plan: int, peers: Sequence[str]) -> dict[str, Report]:
+        started = self._context.now()
+        reports = await self._ask(
+            peers,
+            self._context.calls.freeze,
+            lambda _: Freeze(at=where, plan=plan),
+            self._context.patience.freeze_s,
+        )
+        self._context.emit(OperationTimed(Phase.FREEZE, self._context.now() - started))
+        self._context.emit(RoundFrozen(where.round, plan, len(reports), len(peers)))
+        return reports
+
+    async def _cover(self, where: Round, rank: int, reports: Mapping[str, Report], missing: Sequence[int]) -> bool:
+        """Some stage has no ready server: admit joiners, wait for those that catch up, or go back to the snapshot."""
+        head, spec = self._history.head, self._context.spec
+        joiners = {p: m for p, m in self._joiners().items() if p not in reports}
+        wanted = spec.servers_per_stage * spec.shape.stages
+        if not any(m.stage is not None for m in head.members) and len(joiners) < wanted:
+            return False  # the run has not begun: wait for the volunteers it wants
+        for stage in missing if head.step > 0 else ():
+            self._context.emit(StageUncoveredEvent(where.round, stage))
+        if needs_rollback(head, reports, missing):
+            step = head.pin.step if head.pin else 0
+            return await self._propose(where, rank, reports, Rollback(to_step=step), None)
+        assigned = {s for s in missing if any(r.stage == s and not r.stuck for r in reports.values())}
+        if joiners and assigned != set(missing):
+            return await self._propose(where, rank, reports, Reconfigure(), None)
+        return False
+
+    async def _repair(
+        self,
+        where: Round,
+        plan: int,
+        states: Sequence[StageState],
+        holes: Sequence[Hole],
+        reports: Mapping[str, Report],
+    ) -> None:
+        """Let servers drop what the plan leaves out, then have live feeders replay the holes."""
+        started = self._context.now()
+        drops = {peer: buckets for s in states if s.plan for peer, buckets in s.plan.discard}
+        await self._ask(
+            list(drops),
+            self._context.calls.discard,
+            lambda peer: Discard(at=where, plan=plan, buckets=drops[peer]),
+            self._context.patience.freeze_s,
+        )
+        head = self._history.head
+        feeders = [p for p in head.feeders() if p in reports] or [
+            m.peer for m in head.members if m.can_feed and m.peer in reports
+        ]
+        if not feeders:
+            return
+        shares = {peer: tuple(holes[i :: len(feeders)]) for i, peer in enumerate(feeders)}
+        await self._ask(
+            [peer for peer in feeders if shares[peer]],
+            self._context.calls.repair,
+            lambda peer: Repair(at=where, plan=plan, holes=shares[peer]),
+            self._context.patience.reduce_s,
+        )
+        self._context.emit(OperationTimed(Phase.REPAIR, self._context.now() - started))
+
+    async def _prepare_stages(
+        self, where: Round, plan: int, states: Sequence[StageState]
+    ) -> dict[int, dict[str, PreparedReport]]:
+        """Have every live server of every stage hold the stage's reduced gradient. stage -> holder -> report."""
+        started = self._context.now()
+        results: dict[int, dict[str, PreparedReport]] = {}
+
+        async def one(state: StageState) -> None:
+            results[state.stage] = await self._prepare_stage(where, plan, state)
+
+        async with asyncio.TaskGroup() as group:
+            for state in states:
+                group.create_task(one(state))
+        self._context.emit(OperationTimed(Phase.REDUCE, self._context.now() - started))
+        return results
+
+    async def _prepare_stage(self, where: Round, plan: int, state: StageState) -> dict[str, PreparedReport]:
+        timeout = self._context.patience.reduce_s + self._context.patience.pong_s
+        if state.prepared is not None:
+            report, holders = state.prepared
+            held = dict.fromkeys(holders, report)
+            lacking = [p for p in state.servers if p not in held]
+            adopt = Adopt(at=where, stage=state.stage, prepared=report, donors=holders)
+            held.update(await self._ask(lacking, self._context.calls.adopt, lambda _: adopt, timeout))
+            return held
+        assert state.plan is not None
+        chosen = dict(state.plan.chosen)
+        message = Reduce(
+            at=where,
+            plan=plan,
+            stage=state.stage,
+            members=tuple(Contribution(peer=p, buckets=chosen.get(p, ())) for p in state.servers),
+            loss_sum=state.plan.loss_sum,
+            wasted=state.plan.wasted,
+        )
+        replies = await self._ask(state.servers, self._context.calls.reduce, lambda _: message, timeout)
+        digests = {report.gradient for report in replies.values()}
+        if len(digests) > 1:  # bit-equality is the all-reduce's contract; never decide on top of a breach
+            self._context.emit(ProposalFailed(where.round, Reason.DIGEST_MISMATCH))
+            return {}
+        return replies
+
+    # --- deciding ---------------------------------------------------------------------------------------------------
+    async def _commit(
+        self,
+        where: Round,
+        rank: int,
+        plan: int,
+        reports: Mapping[str, Report],
+        prepared: Mapping[int, Mapping[str, PreparedReport]],
+        ranked: Sequence[str],
+    ) -> bool:
+        stages = self._context.spec.shape.stages
+        commit = Commit(
+            plan=plan,
+            samples=self._context.spec.samples,
+            loss_sum=next(iter(prepared[stages - 1].values())).loss_sum,
+            stages=tuple(
+                StageCommit(
+                    stage=s,
+                    gradient=next(iter(prepared[s].values())).gradient,
+                    holders=tuple(sorted(prepared[s])),
+                )
+                for s in range(stages)
+            ),
+        )
+        return await self._propose(where, rank, reports, commit, next_pin(self._history.chain, stages, reports, ranked))
+
+    async def _propose(
+        self, where: Round, rank: int, reports: Mapping[str, Report], decision: Decision, pin: Pin | None
+    ) -> bool:
+        head, spec = self._history.head, self._context.spec
+        members, committee = next_members(head, spec.shape, set(reports), self._joiners(), self._leaving())
+        step, cursor, total = head.step, head.next_sample, head.samples_total
+        if isinstance(decision, Commit):
+            step, cursor, total = step + 1, cursor + decision.samples, total + decision.samples
+        elif isinstance(decision, Rollback):
+            old = head.pin
+            step, cursor, total = (old.step, old.next_sample, old.samples_total) if old else (0, 0, 0)
+        entry = Entry(
+            run=head.run,
+            term=head.term,
+            round=where.round,
+            previous=where.previous,
+            members=members,
+            committee=committee,
+            next_sample=cursor,
+            samples_total=total,
+            step=step,
+            beacon=next_beacon(head, head.run),
+            decision=decision,
+            pin=pin or head.pin,
+        )
+        started = self._context.now()
+        decided = await self._paxos(where, rank, entry.to_bytes())
+        self._context.emit(OperationTimed(Phase.COMMIT, self._context.now() - started))
+        if decided is None:
+            return False
+        await self._context.finish(self._announce(head, *decided))
+        return True
+
+    async def _announce(self, old: Entry, value: bytes, proof: Decided) -> None:
+        """Learn the entry and tell everybody it concerns: members before and after, and those that asked to join."""
+        entry = Entry.from_bytes(value)
+        await self._history.learn(value, proof)
+        before, after = {m.peer: m for m in old.members}, {m.peer: m for m in entry.members}
+        for peer in sorted(after.keys() - before.keys()):
+            self._context.emit(MemberAdmitted(entry.round, peer, after[peer].stage))
+        for peer in sorted(before.keys() - after.keys()):
+            self._context.emit(MemberDropped(entry.round, peer, Reason.UNREACHABLE))
+        listeners = sorted((before.keys() | after.keys() | self._joiners().keys()) - {self._context.me})
+        await self._ask(
+            listeners, self._context.calls.learn, lambda _: Learn(proof=proof), self._context.patience.pong_s, value
+        )
+
+    async def _paxos(self, where: Round, rank: int, own: bytes) -> tuple[bytes, Decided] | None:
+        """Decide the entry of this round: ours, or one that may already have been chosen. None: try again later."""
+        committee = self._history.head.committee
+        others = [p for p in committee if p != self._context.me]
+        need = majority(committee)
+        state = await self._acceptor.state(where)
+        ballot = paxos.next_ballot(max(state.promised, -1), rank)
+        value = own
+        me, calls, timeout = self._context.me, self._context.calls, self._context.patience.paxos_s
+        if ballot > 0:
+            promises: dict[str, tuple[Promise, bytes]] = {}
+            for group in ([me], others):
+                prepare = Prepare(at=where, ballot=ballot)
+                promises |= await self._ask_bodies(group, calls.prepare, lambda _, p=prepare: p, timeout)
+                if me not in promises or not promises[me][0].promised:
+                    return self._failed(where, Reason.OUTVOTED)
+            granted = {p: pb for p, pb in promises.items() if pb[0].promised}
+            if len(granted) < need:
+                return self._no_majority(where, len(promises), need, committee)
+            value = paxos.choose(
+                [paxos.Accepted(p.accepted, body) if p.accepted >= 0 else None for p, body in granted.values()], own
+            )
+        votes: dict[str, Vote] = {}
+        answered = 0
+        for group in ([me], others):
+            accept = Accept(at=where, ballot=ballot)
+            replies: dict[str, AcceptVote] = await self._ask(group, calls.accept, lambda _, a=accept: a, timeout, value)
+            answered += len(replies)
+            votes |= {p: self._acceptor.vote(r, p) for p, r in replies.items() if r.accepted}
+            if me not in votes:
+                return self._failed(where, Reason.OUTVOTED)
+        if len(votes) < need:
+            return self._no_majority(where, answered, need, committee)
+        return value, Decided(ballot=ballot, votes=tuple(votes[p] for p in committee if p in votes))
+
+    def _no_majority(self, where: Round, answered: int, need: int, committee: Sequence[str]) -> None:
+        if answered < need:
+            self._context.emit(WaitingForQuorum(where.round, answered, len(committee)))
+            return None
+        return self._failed(where, Reason.OUTVOTED)
+
+    def _failed(self, where: Round, reason: Reason) -> None:
+        self._context.emit(ProposalFailed(where.round, reason))
+
+    # --- asking many ------------------------------------------------------------------------------------------------
+    async def _ask(
+        self,
+        peers: Sequence[str],
+        method: Method,
+        header: Callable[[str], Message],
+        timeout_s: float,
+        body: bytes = b"",
+    ) -> dict:
+        """Call several peers at once; the reply headers of those that answered, in the order of `peers`."""
+        replies = await self._ask_bodies(peers, method, header, timeout_s, body)
+        return {peer: reply for peer, (reply, _) in replies.items()}
+
+    async def _ask_bodies(
+        self,
+        peers: Sequence[str],
+        method: Method,
+        header: Callable[[str], Message],
+        timeout_s: float,
+        body: bytes = b"",
+    ) -> dict:
+        answers: dict[str, tuple[Message, bytes]] = {}
+
+        async def one(peer: str) -> None:
+            try:
+                reply = await self._context.transport.call(peer, method, header(peer), body, timeout_s=timeout_s)
+            except CallError as error:
+                if isinstance(error, Refused) and error.reason is Reason.STALE:
+                    await self._history.pull(peer)
+                return
+            answers[peer] = (reply.header, reply.body)
+
+        async with asyncio.TaskGroup() as group:
+            for peer in peers:
+                group.create_task(one(peer))
+        return {peer: answers[peer] for peer in peers if peer in answers}
