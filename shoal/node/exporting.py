@@ -1,0 +1,134 @@
+"""`shoal export`: the newest committed model, from a node's own disk or from the swarm, checked against the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from shoal.node.exit_codes import ExitCode, ShoalError
+from shoal.node.live import quiet_libraries
+from shoal.node.node import RunKeySigner, verify_hex
+from shoal.node.services import MANIFEST
+from shoal.node.settings import NodeSettings
+from shoal.protocol.blobs import BlobStore
+from shoal.protocol.events import Bus
+from shoal.protocol.identity import Identity
+from shoal.protocol.invite import Invite
+from shoal.protocol.manifest import SignedManifest
+from shoal.protocol.p2p import P2PTransport
+from shoal.protocol.runlog import Member
+from shoal.protocol.store import DiskStore
+from shoal.protocol.transport import CallError, Empty, Refused
+
+
+async def export_run(target: Path, source: NodeSettings, invite: str | None, *, show: bool) -> dict[str, Any]:
+    """Export to `target`. `invite`: observe the swarm; else the invite that the node in `source` keeps is used.
+
+    The exporter is an observer with an identity of its own: it reads the log, fetches pinned snapshots and committed
+    gradients from their holders, and verifies each against the log. Raises ShoalError and the typed errors below it.
+    """
+    quiet_libraries()
+    text = invite or _kept_invite(source)
+    known = Invite.decode(text)
+    async with contextlib.AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shoal-export-")))
+        return await _observe(stack, known, folder, target, show)
+
+
+def _kept_invite(source: NodeSettings) -> str:
+    try:
+        return source.invite.read_text().strip()
+    except OSError:
+        raise ShoalError(
+            ExitCode.NODE_NOT_RUNNING,
+            f"{source.directory}: no node has run here",
+            "name a node's directory with --dir, or give --invite",
+        ) from None
+
+
+async def _observe(
+    stack: contextlib.AsyncExitStack, invite: Invite, folder: Path, target: Path, show: bool
+) -> dict[str, Any]:
+    from shoal.swarm.export import export_hf
+    from shoal.swarm.pipeline.collect import collect_states
+    from shoal.swarm.pipeline.context import Context, Patience, genesis
+    from shoal.swarm.pipeline.history import History
+    from shoal.swarm.pipeline.messages import Methods
+    from shoal.swarm.pipeline.spec import spec_of
+    from shoal.swarm.stage import build_stage
+
+    identity = Identity.load_or_create(folder / "identity.key")
+    store = DiskStore(folder / "store")
+    stack.push_async_callback(store.aclose)
+    bus = Bus(time.time)
+    transport = await P2PTransport.create(
+        identity_path=folder / "identity.key",
+        listen=("/ip4/127.0.0.1/tcp/0",),
+        initial_peers=invite.maddrs,
+        emit=bus.emit,
+        run_dir=folder,
+    )
+    stack.push_async_callback(transport.close)
+    entrance = [maddr.rsplit("/p2p/", 1)[1] for maddr in invite.maddrs]
+    signed = await _manifest(transport, invite, entrance)
+    manifest = signed.manifest
+    spec = spec_of(manifest, signed.coordinator)
+    pool = stack.enter_context(ThreadPoolExecutor(1))
+
+    async def run_in_thread(function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+    context = Context(
+        spec=spec,
+        transport=transport,
+        store=store,
+        blobs=BlobStore(store),
+        emit=bus.emit,
+        run_in_thread=run_in_thread,
+        signer=RunKeySigner(identity),
+        verify=verify_hex,
+        calls=Methods(spec.max_body_bytes),
+        patience=Patience(),
+    )
+    origin = Member(peer=signed.coordinator, public_key=signed.certificate.run_key.hex())
+    history = History(context, genesis(spec.run, origin))
+    for peer in entrance:
+        await history.pull(peer)
+    if history.head.round == 0:
+        raise ShoalError(ExitCode.EXPORT_REFUSED, "the run has no history yet", "wait until it has begun")
+    with Progress(console=Console(stderr=True), disable=not show, transient=True) as bar:
+        tasks = [bar.add_task(f"stage {s}", total=max(1, history.head.step)) for s in range(spec.shape.stages)]
+        try:
+            states = await collect_states(
+                context,
+                history.chain,
+                lambda stage: build_stage(manifest, stage),
+                lambda stage, step, _: bar.update(tasks[stage], completed=step),
+            )
+        except Refused as refusal:
+            raise ShoalError(
+                ExitCode.EXPORT_REFUSED,
+                f"the state after step {history.head.step} is not to be had: {refusal.detail}",
+                "wait until a peer that holds it is back, then export again",
+            ) from None
+    written = await asyncio.to_thread(export_hf, manifest, states, target)
+    return {"export_dir": str(written), "step": history.head.step, "round": history.head.round, "run": spec.run}
+
+
+async def _manifest(transport: P2PTransport, invite: Invite, entrance: list[str]) -> SignedManifest:
+    failure: CallError | None = None
+    for peer in dict.fromkeys((invite.coordinator, *entrance)):
+        try:
+            reply = await transport.call(peer, MANIFEST, Empty(), timeout_s=15.0)
+            return SignedManifest.open(reply.body, expected_run=invite.run, expected_coordinator=invite.coordinator)
+        except CallError as error:
+            failure = error
+    raise ShoalError(ExitCode.BOOTSTRAP_UNREACHABLE, f"nobody gave the manifest ({failure})")

@@ -1,0 +1,535 @@
+"""A running node: directory, identity, network, log, work, watching and a clean end, in one event loop.
+
+`Node` is the same for the coordinator's bootstrap peer and for volunteers; they differ in where the manifest comes
+from. Everything it does is told to the event bus; the live view, metrics, status and event file are its sinks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal import __version__
+from shoal.monitoring.eventfile import EventFile
+from shoal.monitoring.exporter import Exporter
+from shoal.monitoring.metrics import Metrics
+from shoal.monitoring.projection import Projection
+from shoal.node.chaos import injection
+from shoal.node.exit_codes import ExitCode, ShoalError
+from shoal.node.hardware import Hardware, choose
+from shoal.node.lifecycle import Facts, Stage, told
+from shoal.node.services import MANIFEST, STATUS, Status
+from shoal.node.settings import NodeSettings
+from shoal.protocol.blobs import BlobStore
+from shoal.protocol.events import Bus, LifecycleChanged, NodeStarted, NodeStopped, Problem, Reason, Sink
+from shoal.protocol.identity import Identity, readable_name, verify
+from shoal.protocol.invite import Invite
+from shoal.protocol.manifest import SignedManifest
+from shoal.protocol.p2p import BootstrapUnreachable, P2PTransport
+from shoal.protocol.records import PeerRecord, PeerStatus, open_record, seal
+from shoal.protocol.runlog import Member
+from shoal.protocol.store import DiskStore
+from shoal.protocol.transport import CallError, Empty, Refused, Reply, Request
+
+if TYPE_CHECKING:
+    from shoal.protocol.directory import Directory
+    from shoal.swarm.data import Corpus
+    from shoal.swarm.pipeline.context import Context
+    from shoal.swarm.pipeline.peer import PipelinePeer
+    from shoal.swarm.stage import StageProgram
+
+RECORD_LIFETIME_S = 300.0
+ANNOUNCE_S = 60.0
+LOOK_S = 0.2  # between two looks at what the lifecycle follows from
+MAX_CACHED_PEERS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RunKeySigner:
+    """The identity's run key, as the pipeline wants it."""
+
+    identity: Identity
+
+    @property
+    def public_key(self) -> str:
+        return self.identity.public_key.hex()
+
+    def sign(self, domain: str, payload: bytes) -> bytes:
+        return self.identity.sign(domain, payload)
+
+
+def verify_hex(public_key: str, domain: str, payload: bytes, signature: bytes) -> bool:
+    try:
+        return verify(bytes.fromhex(public_key), domain, payload, signature)
+    except ValueError:
+        return False
+
+
+class Node:
+    """One node of one run. Make it, `await run()`, and look at what it returns: the exit code."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        *,
+        manifest: SignedManifest | None = None,
+        invite: Invite | None = None,
+        data_folder: Path | None = None,
+        sinks: tuple[Sink, ...] = (),
+        on_invite: Callable[[Invite], None] = lambda invite: None,
+    ) -> None:
+        """`manifest`: this node coordinates and hands it out; `invite`: it joins. Exactly one is given."""
+        self.settings = settings
+        self._manifest = manifest
+        self._invite = invite
+        self._data_folder = data_folder
+        self._on_invite = on_invite
+        self.bus = Bus(time.time)
+        self.projection = Projection()
+        self.metrics = Metrics()
+        self._sinks = sinks
+        self._state = Stage.STARTING
+        self._facts = Facts()
+        self._counter = int(time.time())
+        self._stop = asyncio.Event()
+        self._stops = 0
+        self._finished = False
+        self._directory: Directory | None = None
+        self._peer: PipelinePeer | None = None
+        self._hardware = Hardware("cpu", "processor", 0)
+        self._corpus: Corpus | None = None
+
+    # --- the whole life ---------------------------------------------------------------------------------------------
+    async def run(self) -> ExitCode:
+        """From start to end. Raises the typed errors that `node.errors.explain` knows."""
+        code = ExitCode.INTERNAL
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                self.settings.prepare()
+                self._open_files(stack)
+                self._handle_signals(stack)
+                await self._start(stack)
+                code = await self._live()
+            finally:
+                self._tell(stopped=True)
+                self.bus.emit(NodeStopped(int(code)))
+        return code
+
+    def _open_files(self, stack: contextlib.AsyncExitStack) -> None:
+        self.identity = Identity.load_or_create(self.settings.identity)
+        self.disk = DiskStore(self.settings.store, on_corrupt=self._on_corrupt)
+        stack.push_async_callback(self.disk.aclose)
+        events = EventFile(self.settings.events)
+        stack.callback(events.close)
+        for sink in (self.projection, self.metrics, events, *self._sinks):
+            self.bus.subscribe(sink)
+        chaos = injection(os.environ)
+        if chaos is not None:
+            self.bus.emit(Problem(Reason.INTERNAL, "fault injection is on: this node will kill itself", "a test only"))
+            self.bus.subscribe(chaos)
+
+    def _on_corrupt(self, key: str) -> None:
+        self.bus.emit(Problem(Reason.BAD_DIGEST, f"a damaged file was set aside: {key}", "it is fetched again"))
+
+    def _handle_signals(self, stack: contextlib.AsyncExitStack) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stop)
+            stack.callback(loop.remove_signal_handler, number)
+
+    def stop(self) -> None:
+        """First call: leave in order. Second call: leave at once."""
+        self._stops += 1
+        self._stop.set()
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        bootstrap = self._initial_peers()
+        self.transport = await self._connect(bootstrap)
+        stack.push_async_callback(self.transport.close)
+        self._learn(self.settings.peers)
+        signed = self._manifest or await self._fetch_manifest()
+        self._manifest = signed
+        manifest = signed.manifest
+        self.bus.emit(NodeStarted(self.identity.peer, self.identity.name, manifest.name, manifest.mode, __version__))
+        self._tell(connected=True)
+        self._hardware = choose(self.settings.device)
+        self._corpus = await asyncio.to_thread(self._load_data)
+        self._tell(checked=True)
+        context = await self._make_peer(stack)
+        self.transport.serve(MANIFEST, self._on_manifest)
+        self.transport.serve(STATUS, self._on_status)
+        await self._peer_open()
+        await self.transport.ready()
+        await self._join_dht(stack)
+        await self._start_exporter(stack)
+        invite = Invite(manifest.run_id, signed.coordinator, self._bootstrap_addresses())
+        self.settings.invite.write_text(invite.encode() + "\n")
+        self._on_invite(invite)
+        del context
+
+    async def _connect(self, bootstrap: tuple[str, ...]) -> P2PTransport:
+        return await P2PTransport.create(
+            identity_path=self.settings.identity,
+            listen=self.settings.listen,
+            announce=self.settings.announce,
+            initial_peers=bootstrap,
+            emit=self.bus.emit,
+            run_dir=self.settings.sockets,
+        )
+
+    def _initial_peers(self) -> tuple[str, ...]:
+        """The invite's addresses and those of peers met before; a coordinator that starts alone has none."""
+        met = tuple(f"{maddr}/p2p/{peer}" for peer, maddrs in self._read_peers().items() for maddr in maddrs)
+        invited = self._invite.maddrs if self._invite is not None else ()
+        return tuple(dict.fromkeys((*invited, *met))) if invited else ()
+
+    def _read_peers(self) -> dict[str, tuple[str, ...]]:
+        try:
+            raw = json.loads(self.settings.peers.read_text())
+            return {str(p): tuple(map(str, a)) for p, a in raw.items() if p != self.identity.peer}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def _learn(self, path: Path) -> None:
+        for peer, maddrs in self._read_peers().items():
+            self.transport.learn_address(peer, maddrs)
+        del path
+
+    def _bootstrap_addresses(self) -> tuple[str, ...]:
+        """Where others can enter: the invite's own addresses, or ours if we are the bootstrap peer."""
+        if self._invite is not None:
+            return self._invite.maddrs
+        return tuple(f"{maddr}/p2p/{self.identity.peer}" for maddr in self.transport.visible_addresses())[:8]
+
+    # --- joining ------------------------------------------------------------------------------------------------------
+    async def _fetch_manifest(self) -> SignedManifest:
+        """From this disk, or from the coordinator, or from anybody met: whoever gives it, it must match the invite."""
+        assert self._invite is not None
+        invite = self._invite
+        stored = await self.disk.get("manifest")
+        if stored is not None:
+            with contextlib.suppress(Refused):
+                return SignedManifest.open(stored, expected_run=invite.run, expected_coordinator=invite.coordinator)
+        refusal: CallError | None = None
+        for peer in dict.fromkeys((invite.coordinator, *self._invited_peers(), *self._read_peers())):
+            try:
+                reply = await self.transport.call(peer, MANIFEST, Empty(), timeout_s=15.0)
+            except CallError as error:
+                refusal = refusal or error
+                continue
+            try:
+                signed = SignedManifest.open(
+                    reply.body, expected_run=invite.run, expected_coordinator=invite.coordinator
+                )
+            except Refused as error:
+                raise ShoalError(
+                    ExitCode.MANIFEST_REFUSED,
+                    f"the manifest that {readable_name(peer)} gave is not the one of the invite: {error.detail}",
+                ) from None
+            await self.disk.put("manifest", reply.body)
+            return signed
+        raise ShoalError(
+            ExitCode.BOOTSTRAP_UNREACHABLE, f"no peer of the invite gave the manifest ({refusal})"
+        ) from None
+
+    def _invited_peers(self) -> list[str]:
+        return [maddr.rsplit("/p2p/", 1)[1] for maddr in self._invite.maddrs] if self._invite else []
+
+    def _load_data(self) -> Corpus | None:
+        """The training data, if this machine has the run's copy; without it the node serves and does not feed."""
+        from shoal.swarm.data import load_corpus
+
+        assert self._manifest is not None
+        settings = self._manifest.manifest.data
+        if self._invite is not None and settings.kind != "stdlib":
+            if self.settings.data is None:
+                return None  # the path in the manifest is the coordinator's: never opened here
+            settings = settings.model_copy(update={"path": str(self.settings.data.absolute())})
+        corpus = load_corpus(settings, self._data_folder or ".")
+        if corpus.sha256 != self._manifest.manifest.data.sha256:
+            self.bus.emit(
+                Problem(
+                    Reason.DATA_MISMATCH,
+                    "this machine's copy of the training data is not the run's: serving without feeding",
+                    "nothing to do; to feed, use the coordinator's copy (stdlib: the same Python version)",
+                )
+            )
+            return None
+        return corpus
+
+    async def _make_peer(self, stack: contextlib.AsyncExitStack) -> Context:
+        import torch
+
+        from shoal.swarm.pipeline.context import Context, Patience, genesis
+        from shoal.swarm.pipeline.messages import Methods
+        from shoal.swarm.pipeline.peer import PipelinePeer
+        from shoal.swarm.pipeline.spec import spec_of
+        from shoal.swarm.stage import build_stage
+
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        assert self._manifest is not None
+        manifest, coordinator = self._manifest.manifest, self._manifest.coordinator
+        spec = spec_of(manifest, coordinator)
+        pool = ThreadPoolExecutor(2, thread_name_prefix="shoal-compute")
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+
+        async def run_in_thread(function: Callable[..., Any], *args: Any) -> Any:
+            return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
+
+        def build(index: int) -> StageProgram:
+            return build_stage(manifest, index, device=self._hardware.device, keep_graphs=8)
+
+        context = Context(
+            spec=spec,
+            transport=self.transport,
+            store=self.disk,
+            blobs=BlobStore(self.disk),
+            emit=self.bus.emit,
+            run_in_thread=run_in_thread,
+            signer=RunKeySigner(self.identity),
+            verify=verify_hex,
+            calls=Methods(spec.max_body_bytes),
+            patience=Patience(),
+        )
+        origin = Member(peer=coordinator, public_key=self._manifest.certificate.run_key.hex())
+        self.context = context
+        self.build = build
+        self._peer = PipelinePeer(
+            context,
+            genesis(spec.run, origin),
+            data=self._corpus.sequences(manifest.data.sequence_length, seed=manifest.seed) if self._corpus else None,
+            build=build,
+            record=lambda: seal(self._record(), self.identity),
+            open_record=self._open_record,
+            contacts=lambda: tuple(dict.fromkeys((coordinator, *self._invited_peers(), *self._read_peers()))),
+        )
+        return context
+
+    async def _peer_open(self) -> None:
+        assert self._peer is not None
+        await self._peer.open()
+
+    def _record(self) -> PeerRecord:
+        """What this node says about itself now."""
+        assert self._manifest is not None and self._peer is not None
+        self._counter += 1
+        now = time.time()
+        return PeerRecord(
+            run=self._manifest.manifest.run_id,
+            peer=self.identity.peer,
+            name=self.identity.name,
+            maddrs=self.transport.visible_addresses()[:8],
+            public_key=self.identity.public_key.hex(),
+            stage=self._peer.server.stage,
+            step=max(0, self._peer.server.step),
+            status=PeerStatus(self._state.value),
+            can_feed=self._corpus is not None,
+            samples_per_s=0.0,
+            memory_bytes=self._hardware.memory_bytes,
+            counter=self._counter,
+            issued_at=now,
+            expires_at=now + RECORD_LIFETIME_S,
+        )
+
+    def _open_record(self, data: bytes, sender: str) -> Member:
+        assert self._manifest is not None
+        record = open_record(data, now=time.time(), expected_run=self._manifest.manifest.run_id, expected_peer=sender)
+        return Member(
+            peer=record.peer,
+            public_key=record.public_key,
+            name=record.name,
+            maddrs=record.maddrs,
+            can_feed=record.can_feed,
+        )
+
+    async def _join_dht(self, stack: contextlib.AsyncExitStack) -> None:
+        from shoal.protocol.directory import Directory
+
+        assert self._manifest is not None
+        try:
+            self._directory = await Directory.create(self.transport, self._manifest.manifest.run_id)
+        except BootstrapUnreachable as error:
+            # the libp2p connection stands, so the run can be joined; the DHT is only how peers are found again
+            self.bus.emit(Problem(Reason.UNREACHABLE, error.detail, error.fix))
+            self._directory = await Directory.create(self.transport, self._manifest.manifest.run_id, initial_peers=())
+        stack.push_async_callback(self._directory.close)
+
+    async def _start_exporter(self, stack: contextlib.AsyncExitStack) -> None:
+        exporter = await Exporter.start(
+            self.settings.metrics_host, self.settings.metrics_port, self.metrics.registry, self.status
+        )
+        stack.push_async_callback(exporter.close)
+        self.url = exporter.url
+        self.settings.running.write_text(
+            json.dumps({"pid": os.getpid(), "url": exporter.url, "peer": self.identity.peer}) + "\n"
+        )
+        stack.callback(self.settings.running.unlink, missing_ok=True)
+
+    # --- living -----------------------------------------------------------------------------------------------------
+    async def _live(self) -> ExitCode:
+        """Work until the run ends, somebody stops us, or our libp2p daemon dies."""
+        assert self._peer is not None
+        async with _background(self._announce(), self._watch()):
+            work = asyncio.ensure_future(self._work())
+            stop = asyncio.ensure_future(self._stop.wait())
+            died = asyncio.ensure_future(self.transport.daemon_died.wait())
+            try:
+                await asyncio.wait({work, stop, died}, return_when=asyncio.FIRST_COMPLETED)
+                if died.done():
+                    raise ShoalError(ExitCode.DAEMON_DIED, "the node's libp2p daemon (p2pd) stopped")
+                if not work.done():
+                    return await self._drain(work)
+                work.result()
+                return ExitCode.OK
+            finally:
+                for task in (work, stop, died):
+                    task.cancel()
+                await asyncio.wait({work, stop, died})
+
+    async def _work(self) -> None:
+        """The run, and after its last round the time in which others still fetch from us."""
+        assert self._peer is not None
+        await self._peer.run()
+        self._finished = True
+        if self._invite is None:
+            await self._archive()
+            await asyncio.Event().wait()  # the coordinator stays until it is told to stop
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), self.settings.linger_s)
+
+    async def _archive(self) -> None:
+        """Have everything that the final state is made of on the coordinator's disk, before the volunteers leave."""
+        from shoal.swarm.pipeline.collect import collect_states
+
+        assert self._peer is not None
+        try:
+            await collect_states(self.context, self._peer.history.chain, self.build)
+        except Refused as refusal:
+            self.bus.emit(
+                Problem(
+                    refusal.reason, f"the final state is not complete here: {refusal.detail}", "export while they stay"
+                )
+            )
+
+    async def _drain(self, work: asyncio.Future[None]) -> ExitCode:
+        """Leave in order: be left out of the next entry, so that nobody waits for us. A second signal cuts it short."""
+        assert self._peer is not None
+        if self._finished or self._peer.history.head.member(self.identity.peer) is None or self._invite is None:
+            return ExitCode.OK
+        self._tell(draining=True)
+        self._stop.clear()
+        leave = asyncio.ensure_future(self._peer.leave(self.settings.drain_s))
+        again = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({leave, again, work}, return_when=asyncio.FIRST_COMPLETED)
+            left = leave.done() and not leave.cancelled() and leave.result()
+            return ExitCode.OK if left else ExitCode.DRAIN_TIMED_OUT
+        finally:
+            for task in (leave, again):
+                task.cancel()
+            await asyncio.wait({leave, again})
+
+    async def _announce(self) -> None:
+        """For ever: publish our record, and remember who else is there."""
+        assert self._peer is not None and self._directory is not None
+        while True:
+            record = self._record()
+            try:
+                await self._directory.publish(seal(record, self.identity), record.expires_at)
+                found = await self._directory.peers()
+            except (CallError, TimeoutError, OSError) as error:
+                self.bus.emit(Problem(Reason.UNREACHABLE, f"the DHT did not answer: {error}", "it is tried again"))
+                found = {}
+            met = {peer: r.maddrs for peer, r in found.items() if peer != self.identity.peer}
+            met |= {m.peer: m.maddrs for m in self._peer.history.head.members if m.maddrs}
+            met.pop(self.identity.peer, None)
+            for peer, maddrs in met.items():
+                self.transport.learn_address(peer, maddrs)
+            if met:
+                kept = dict(list({**met, **self._read_peers()}.items())[:MAX_CACHED_PEERS])
+                _write_aside(self.settings.peers, json.dumps({p: list(a) for p, a in kept.items()}))
+            await asyncio.sleep(ANNOUNCE_S)
+
+    async def _watch(self) -> None:
+        """For ever: tell the lifecycle from the facts."""
+        assert self._peer is not None
+        while True:
+            member = self._peer.history.head.member(self.identity.peer)
+            self._tell(
+                member=member is not None,
+                serves=member is not None and member.stage is not None,
+                ready=self._peer.server.ready,
+            )
+            await asyncio.sleep(LOOK_S)
+
+    def _tell(self, **facts: bool) -> None:
+        current = {name: getattr(self._facts, name) for name in Facts.__dataclass_fields__}
+        self._facts = Facts(**{**current, **facts})
+        new = told(self._state, self._facts)
+        if new is not self._state:
+            old, self._state = self._state, new
+            self.bus.emit(LifecycleChanged(old.value, new.value))
+
+    # --- answering --------------------------------------------------------------------------------------------------
+    def status(self) -> dict[str, Any]:
+        """What `shoal status --json` prints."""
+        head = self._peer.history.head if self._peer is not None else None
+        members = [
+            {
+                "peer": m.peer,
+                "name": m.name or readable_name(m.peer),
+                "stage": m.stage,
+                "feeder": m.feeder,
+                "committee": head is not None and m.peer in head.committee,
+            }
+            for m in (head.members if head is not None else ())
+        ]
+        return {**self.projection.snapshot().to_json(), "member_list": members, "finished": self._finished}
+
+    async def _on_manifest(self, request: Request[Empty]) -> Reply[Empty]:
+        assert self._manifest is not None
+        return Reply(Empty(), self._manifest.to_bytes())
+
+    async def _on_status(self, request: Request[Empty]) -> Reply[Status]:
+        assert self._manifest is not None and self._peer is not None
+        manifest, head = self._manifest.manifest, self._peer.history.head
+        return Reply(
+            Status(
+                run=manifest.run_id,
+                name=self.identity.name,
+                version=__version__,
+                state=self._state.value,
+                mode=manifest.mode,
+                round=head.round,
+                step=head.step,
+                stage=self._peer.server.stage,
+            )
+        )
+
+
+@contextlib.asynccontextmanager
+async def _background(*work: Any) -> AsyncIterator[None]:
+    """Run these beside the body; an error in one of them ends the body, and leaving the body ends them."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _write_aside(path: Path, text: str) -> None:
+    aside = path.with_suffix(".new")
+    aside.write_text(text)
+    aside.replace(path)
