@@ -11,7 +11,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from shoal.monitoring.view import SwarmBoard
+from shoal.node import measure
 from shoal.node.coordinator import examine
 from shoal.node.demo_run import demo_manifest
 from shoal.node.exit_codes import ExitCode
 from shoal.node.live import quiet_libraries
 from shoal.node.swarm_processes import NodeProcess, SwarmProcesses
-from shoal.protocol.events import BytesMoved, EntryDecided, Stamped, SyncFinished
+from shoal.protocol.events import EntryDecided, Stamped, SyncFinished
 
 KILL_AT = 0.4  # of the rounds
 REPLACE_AFTER_ROUNDS = 3  # a short demo replaces at once: the newcomer needs some rounds to be admitted in
@@ -79,13 +79,13 @@ def run_demo(settings: DemoSettings, *, as_json: bool) -> ExitCode:
         "rounds": 0,
         "volunteers": settings.volunteers,
         "stages": settings.stages,
-        **_from_log(folder / "nodes" / "coordinator", settings),
+        **_from_log(folder / "nodes" / "coordinator"),
         "unigram_entropy": examination.unigram_entropy,
         "killed": story.killed,
         "replaced_by": story.replaced,
         "recovery_s": None if story.recovered_at_s is None else story.recovered_at_s - story.killed_at_s,
         "replacement_sync_s": _sync_seconds(swarm, story),
-        "bytes_sent": _bytes_sent(swarm),
+        "bytes_sent": measure.bytes_sent(node.events for node in swarm.nodes.values()),
         "export_dir": str(export_dir),
         "exit_codes": codes,
         "orphans": orphans,
@@ -145,14 +145,7 @@ def _view(console: Console, swarm: SwarmProcesses, settings: DemoSettings) -> It
 
 def committed(swarm: SwarmProcesses) -> list[tuple[float, EntryDecided]]:
     """(unix time, entry) of every committed round, each when the first node learned of it."""
-    first: dict[str, tuple[float, EntryDecided]] = {}
-    for node in swarm.nodes.values():
-        for stamped in node.of(EntryDecided):
-            entry = stamped.event
-            assert isinstance(entry, EntryDecided)
-            if entry.kind == "commit" and (entry.digest not in first or stamped.at_s < first[entry.digest][0]):
-                first[entry.digest] = (stamped.at_s, entry)
-    return sorted(first.values(), key=lambda pair: pair[1].round)
+    return measure.committed(node.events for node in swarm.nodes.values())
 
 
 def _train(swarm: SwarmProcesses, settings: DemoSettings, story: Story, board: SwarmBoard) -> None:
@@ -207,50 +200,17 @@ def _export(folder: Path, swarm: SwarmProcesses, board: SwarmBoard) -> Path:
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
-def _from_log(directory: Path, settings: DemoSettings) -> dict[str, Any]:
+def _from_log(directory: Path) -> dict[str, Any]:
     """Rounds, losses and sample counts from the coordinator's log on disk, entry by entry."""
-    import asyncio
-
-    from shoal.protocol.codecs import unpack
-    from shoal.protocol.runlog import Commit, Entry, Rollback
-    from shoal.protocol.store import DiskStore
-
-    async def read() -> list[Entry]:
-        store = DiskStore(directory / "store")
-        try:
-            found = [await store.get(key) for key in store.keys("log/")]
-            return [Entry.from_bytes(bytes(unpack(data, max_parts=2)[0])) for data in found if data is not None]
-        finally:
-            await store.aclose()
-
-    history: list[tuple[Entry, Commit]] = []
-    for entry in asyncio.run(read()):
-        if isinstance(entry.decision, Rollback):
-            history = [(e, c) for e, c in history if e.step <= entry.step]
-        if isinstance(entry.decision, Commit):
-            history.append((entry, entry.decision))
-    counts: Counter[int] = Counter()
-    for entry, commit in history:
-        counts.update(range(entry.next_sample - commit.samples, entry.next_sample))
-    wanted = range(max((e.next_sample for e, _ in history), default=0))
-    losses = [c.loss_sum / c.samples for _, c in history]
+    counts = measure.count(measure.read_log(directory))
     return {
-        "rounds": len(history),
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
-        "samples_committed": sum(counts.values()),
-        "samples_lost": sum(1 for sample in wanted if not counts[sample]),
-        "samples_double_counted": sum(1 for n in counts.values() if n > 1),
+        "rounds": counts.rounds,
+        "loss_first": counts.losses[0] if counts.losses else None,
+        "loss_last": counts.losses[-1] if counts.losses else None,
+        "samples_committed": counts.committed,
+        "samples_lost": counts.lost,
+        "samples_double_counted": counts.double_counted,
     }
-
-
-def _bytes_sent(swarm: SwarmProcesses) -> int:
-    return sum(
-        s.event.count
-        for node in swarm.nodes.values()
-        for s in node.of(BytesMoved)
-        if isinstance(s.event, BytesMoved) and s.event.direction == "sent"
-    )
 
 
 def _sync_seconds(swarm: SwarmProcesses, story: Story) -> float | None:
@@ -263,43 +223,37 @@ def _sync_seconds(swarm: SwarmProcesses, story: Story) -> float | None:
 
 def _compare(console: Console, manifest_path: Path, export_dir: Path, settings: DemoSettings) -> dict[str, Any]:
     """The one machine on the same samples, against the exported files."""
-    from safetensors.torch import load_file
-
-    from shoal.protocol.manifest import load_manifest
-    from shoal.swarm.data import load_corpus
-    from shoal.swarm.reference import max_abs_difference, run_reference
-
-    manifest = load_manifest(manifest_path)
-    corpus = load_corpus(manifest.data, manifest_path.parent)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("one machine, same samples", total=settings.rounds)
-        reference = run_reference(
-            manifest,
-            corpus,
-            settings.rounds,
-            on_round=lambda step, loss: progress.update(task, completed=step),
-            tripwire=True,
+        found = measure.compare(
+            manifest_path, export_dir, settings.rounds, lambda step: progress.update(task, completed=step)
         )
-    exported = load_file(export_dir / "model.safetensors")
     return {
-        "reference_max_abs_diff": max_abs_difference(exported, reference.parameters),
-        "tripwire": reference.tripwire,
-        "reference_loss_last": reference.losses[-1],
+        "reference_max_abs_diff": found.max_abs_diff,
+        "tripwire": found.tripwire,
+        "reference_loss_last": found.loss_last,
     }
 
 
-def _generate(export_dir: Path, prompt: str = "def ", length: int = 60) -> str:
-    """A line of text from the exported directory, through stock transformers."""
+def _generate(export_dir: Path, prompt: str = "    def ", length: int = 72) -> str:
+    """A line of text from the exported directory, through stock transformers; sampled from a fixed seed."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(export_dir)
     tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    torch.manual_seed(0)
     with torch.no_grad():
         ids = model.generate(
-            **tokenizer(prompt, return_tensors="pt"), max_new_tokens=length, do_sample=False, pad_token_id=0
+            **tokenizer(prompt, return_tensors="pt"),
+            max_new_tokens=length,
+            do_sample=True,
+            temperature=0.6,
+            pad_token_id=0,
         )
-    return str(tokenizer.decode(ids[0])).splitlines()[0]
+    return " ".join(str(tokenizer.decode(ids[0])).split())
 
 
 def broken_promises(summary: dict[str, Any], settings: DemoSettings) -> list[str]:

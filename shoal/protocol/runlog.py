@@ -107,6 +107,7 @@ class Entry(Message):
     beacon: Hex
     decision: Decision
     pin: Pin | None = None
+    candidate: Pin | None = None  # the next pin, once more than one peer holds each of its snapshots
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: what is hashed, voted on and stored."""

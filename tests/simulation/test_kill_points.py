@@ -112,15 +112,15 @@ def test_a_second_death_during_the_repair_of_the_first_changes_nothing(
     async def main() -> None:
         # a server dies again and again, and replies get lost: so there are holes, and microbatches on two servers
         link = Link(lose_reply=0.15)
-        async with World(stages=1 + number % 3, servers=3, feeders=2, seed=number % 8, link=link) as world:
+        async with World(stages=2 + number % 2, servers=3, feeders=2, seed=number % 8, link=link) as world:
             world.network.rng.seed(number)
 
             def one_dies(reached: str) -> None:
                 if not second:
                     world.kill_for(choose(world, Victim.SERVER, reached), 0.5)
 
-            for step in range(2, 18, 3):
-                reach(world, KILL_POINTS["after backward"], one_dies, count=2, since_step=step)
+            for step in range(2, 18, 2):
+                reach(world, KILL_POINTS["backward in flight"], one_dies, count=3, since_step=step)
             second = kill_at(world, REPAIR_POINTS[point], victim, fate, since_step=3)
             await world.run_rounds(ROUNDS, limit_s=LIMIT_S)
             assert second, f"nobody reached the point\n{world.describe()}"

@@ -91,6 +91,28 @@ def _held(reports: Mapping[str, Report], step: int, stage: int, digest: str) -> 
     )
 
 
+def next_pins(
+    chain: Chain, stages: int, reports: Mapping[str, Report], order: Sequence[str]
+) -> tuple[Pin | None, Pin | None]:
+    """(pin, candidate) of the next entry: a snapshot is pinned only once two peers hold each stage of it.
+
+    Until then it is the candidate, which its keepers fetch, and a rollback still goes to the older pin: the death of
+    one peer must not take the only snapshot that the log would go back to.
+    """
+    pin, candidate = chain.head.pin, chain.head.candidate
+    if candidate is None or not _copies(candidate, reports):
+        candidate = next_pin(chain, stages, reports, order)
+    if candidate is None or _copies(candidate, reports) < min(2, len(reports)):
+        return pin, candidate
+    return candidate, None
+
+
+def _copies(pin: Pin, reports: Mapping[str, Report]) -> int:
+    """How many peers hold the least held snapshot of a pin."""
+    held = [(s.step, s.stage, s.digest) for r in reports.values() for s in r.snapshots]
+    return min(held.count((pin.step, stage, digest)) for stage, digest in enumerate(pin.digests))
+
+
 def next_pin(chain: Chain, stages: int, reports: Mapping[str, Report], order: Sequence[str]) -> Pin | None:
     """The newest step of which every stage has a snapshot; the first in order is canonical. None keeps the old pin.
 

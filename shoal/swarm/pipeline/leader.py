@@ -41,7 +41,7 @@ from shoal.protocol.sampling import beacon_for, next_beacon, order
 from shoal.protocol.transport import CallError, Empty, Message, Method, Refused, Reply, Request
 from shoal.swarm.pipeline.acceptor import Acceptor
 from shoal.swarm.pipeline.context import Context
-from shoal.swarm.pipeline.decide import StageState, needs_rollback, next_pin, survey, uncovered
+from shoal.swarm.pipeline.decide import StageState, needs_rollback, next_pins, survey, uncovered
 from shoal.swarm.pipeline.history import History
 from shoal.swarm.pipeline.messages import (
     Accept,
@@ -66,6 +66,10 @@ from shoal.swarm.pipeline.messages import (
 from shoal.swarm.pipeline.roles import next_members
 
 RETRY_S = 0.1  # between two attempts to decide the same round
+
+
+class Outbid(Exception):
+    """Servers are frozen for a newer plan: another leader's, or ours before we were restarted."""
 
 
 class Leader:
@@ -111,7 +115,11 @@ class Leader:
                 await self._await_feeders(where)
             while self._history.here() == where:
                 plan += 1
-                if not await self._attempt(where, rank, plan * paxos.RANKS + rank):
+                try:
+                    if not await self._attempt(where, rank, plan * paxos.RANKS + rank):
+                        await self._pause(where)
+                except Outbid:
+                    plan *= 2  # catch up fast with a plan number that we cannot know
                     await self._pause(where)
         finally:
             self.leading = None
@@ -171,7 +179,7 @@ class Leader:
 
     # --- one attempt ------------------------------------------------------------------------------------------------
     async def _attempt(self, where: Round, rank: int, plan: int) -> bool:
-        """Freeze, and do the next thing. True if that was a decision."""
+        """Freeze, and do the next thing. True if that was a decision. Raises Outbid."""
         head, spec = self._history.head, self._context.spec
         ranked = order(
             (m.peer for m in head.members), head.run, where.round, beacon_for(self._history.chain, where.round)
@@ -199,13 +207,17 @@ class Leader:
         return all(r.ready or r.stage is None for r in reports.values()) and all(s.servers for s in states)
 
     async def _freeze(self, where: Round, plan: int, peers: Sequence[str]) -> dict[str, Report]:
+        """Reports of those that answer. Raises Outbid if anybody says FROZEN: who does is alive, and must not be
+        taken for away."""
         started = self._context.now()
-        reports = await self._ask(
-            peers,
-            self._context.calls.freeze,
-            lambda _: Freeze(at=where, plan=plan),
-            self._context.patience.freeze_s,
+        refusals: dict[str, Reason] = {}
+        freeze = Freeze(at=where, plan=plan)
+        replies = await self._ask_bodies(
+            peers, self._context.calls.freeze, lambda _: freeze, self._context.patience.freeze_s, refusals=refusals
         )
+        if Reason.FROZEN in refusals.values():
+            raise Outbid
+        reports = {peer: report for peer, (report, _) in replies.items()}
         self._context.emit(OperationTimed(Phase.FREEZE, self._context.now() - started))
         self._context.emit(RoundFrozen(where.round, plan, len(reports), len(peers)))
         return reports
@@ -215,16 +227,17 @@ class Leader:
         head, spec = self._history.head, self._context.spec
         joiners = {p: m for p, m in self._joiners().items() if p not in reports}
         wanted = spec.servers_per_stage * spec.shape.stages
-        if not any(m.stage is not None for m in head.members) and len(joiners) < wanted:
+        if len(head.members) == 1 and head.step == 0 and len(joiners) < wanted:
             return False  # the run has not begun: wait for the volunteers it wants
         for stage in missing if head.step > 0 else ():
             self._context.emit(StageUncoveredEvent(where.round, stage))
         if needs_rollback(head, reports, missing):
             step = head.pin.step if head.pin else 0
-            return await self._propose(where, rank, reports, Rollback(to_step=step), None)
+            return await self._propose(where, rank, reports, Rollback(to_step=step), (head.pin, None))
         assigned = {s for s in missing if any(r.stage == s and not r.stuck for r in reports.values())}
-        if joiners and assigned != set(missing):
-            return await self._propose(where, rank, reports, Reconfigure(), None)
+        idle = any(r.stage is None and peer != spec.shape.coordinator for peer, r in reports.items())
+        if (joiners or idle) and assigned != set(missing):
+            return await self._propose(where, rank, reports, Reconfigure(), (head.pin, head.candidate))
         return False
 
     async def _repair(
@@ -325,10 +338,10 @@ class Leader:
                 for s in range(stages)
             ),
         )
-        return await self._propose(where, rank, reports, commit, next_pin(self._history.chain, stages, reports, ranked))
+        return await self._propose(where, rank, reports, commit, next_pins(self._history.chain, stages, reports, ranked))
 
     async def _propose(
-        self, where: Round, rank: int, reports: Mapping[str, Report], decision: Decision, pin: Pin | None
+        self, where: Round, rank: int, reports: Mapping[str, Report], decision: Decision, pins: tuple[Pin | None, Pin | None]
     ) -> bool:
         head, spec = self._history.head, self._context.spec
         members, committee = next_members(head, spec.shape, set(reports), self._joiners(), self._leaving())
@@ -350,7 +363,8 @@ class Leader:
             step=step,
             beacon=next_beacon(head, head.run),
             decision=decision,
-            pin=pin or head.pin,
+            pin=pins[0],
+            candidate=pins[1],
         )
         started = self._context.now()
         decided = await self._paxos(where, rank, entry.to_bytes())
@@ -438,15 +452,20 @@ class Leader:
         header: Callable[[str], Message],
         timeout_s: float,
         body: bytes = b"",
+        refusals: dict[str, Reason] | None = None,
     ) -> dict:
+        """The same with bodies. Why some refused goes into `refusals`."""
         answers: dict[str, tuple[Message, bytes]] = {}
 
         async def one(peer: str) -> None:
             try:
                 reply = await self._context.transport.call(peer, method, header(peer), body, timeout_s=timeout_s)
             except CallError as error:
-                if isinstance(error, Refused) and error.reason is Reason.STALE:
-                    await self._history.pull(peer)
+                if isinstance(error, Refused):
+                    if refusals is not None:
+                        refusals[peer] = error.reason
+                    if error.reason is Reason.STALE:
+                        await self._history.pull(peer)
                 return
             answers[peer] = (reply.header, reply.body)
 

@@ -186,7 +186,7 @@ class StageServer:
 
         def compute() -> bytes:
             (x,) = (decode(part, max_elements=self._max_elements) for part in parts)
-            return pack([encode(program.forward(x, seed=seed), self._codec)])
+            return pack([encode(program.forward(x, seed=seed, keep=True), self._codec)])
 
         async with self._turn():
             self._history.check(work.at)

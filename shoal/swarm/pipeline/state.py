@@ -6,6 +6,7 @@ rollback alike. Everything fetched is checked against digests that the log pins,
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Collection
@@ -306,13 +307,12 @@ class StateKeeper:
         await self._context.store.put(_snapshot_key(have.step, have.stage), json.dumps(record).encode())
 
     async def _keep_pinned(self) -> None:
-        """Fetch the pinned snapshots of other stages that the order gives this node to keep. Best effort."""
+        """Fetch the snapshots of other stages that the order gives this node to keep: of the pin and of the next one.
+        Best effort."""
         entry = self._history.head
-        if entry.pin is None:
-            return
-        origin = self._history.chain.commit_digest(entry.pin.step)
-        for stage, digest in enumerate(entry.pin.digests):
-            key = (entry.pin.step, stage)
+        pins = [pin for pin in (entry.pin, entry.candidate) if pin is not None]
+        for pin, stage in itertools.product(pins, range(self._context.spec.shape.stages)):
+            key, digest = (pin.step, stage), pin.digests[stage]
             wanted = self._context.me in keepers(
                 self._history.chain, entry, stage, self._context.spec.shape.coordinator
             )
@@ -322,7 +322,7 @@ class StateKeeper:
                 await self._server.fetch_blob(digest, list(entry.servers(stage)))
             except Refused:
                 continue
-            await self._remember(Have(stage, entry.pin.step, origin), digest)
+            await self._remember(stage, pin.step, digest)
 
     async def _forget(self) -> None:
         """Delete snapshots and gradients that nobody will ask for: older than the pin and than the newest ones."""
