@@ -3,7 +3,7 @@
 Two volunteers with one thread each, one per stage, and a coordinator, all on this machine, beside the reference with
 two threads: as it is, and recomputing forward in backward as SWARM does. Swarm and reference alternate over seeds.
 Throughput counts committed rounds after a warm-up; memory is private memory (USS) of a volunteer that has joined and
-waits, its libp2p daemon included.
+waits (idle), and of one after its last round, model and sums still loaded; its libp2p daemon is included in both.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ name = "adamw"
 learning_rate = 1e-3
 [schedule]
 rounds = {rounds}
-snapshot_every = 0
+snapshot_every = 1000
 [participation]
 servers_per_stage = {servers}
 feeders = 2
 committee = 3
 """
-FULL = {"hidden": 512, "ffn": 1408, "layers": 6, "length": 128, "samples": 64, "microbatch": 4, "rounds": 8}
+FULL = {"hidden": 256, "ffn": 704, "layers": 6, "length": 128, "samples": 64, "microbatch": 8, "rounds": 8}
 QUICK = {**FULL, "hidden": 128, "ffn": 352, "layers": 2, "samples": 16, "rounds": 4}
 WARM_UP = 2
 
@@ -69,9 +69,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="a small model and one seed: does it run?")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args(arguments)
     setting = QUICK if options.quick else FULL
-    rows = [measure(setting, seed) for seed in range(1 if options.quick else options.seeds)]
+    seeds = range(options.first_seed, options.first_seed + (1 if options.quick else options.seeds))
+    rows = [measure(setting, seed) for seed in seeds]
     result = {"benchmark": "pipeline", **environment(), "setting": setting, "runs": rows, **summary(rows)}
     if options.json:
         print(json.dumps(result))
@@ -97,7 +99,7 @@ def measure(setting: dict[str, int], seed: int) -> dict[str, float]:
         manifest.write_text(MANIFEST.format(seed=seed, servers=1, **setting))
         plain = reference_rate(manifest, setting, recompute=False)
         recomputing = reference_rate(manifest, setting, recompute=True)
-        swarm = swarm_rate(folder, manifest, setting)
+        swarm, worked = swarm_rate(folder, manifest, setting)
         waiting = folder / "waiting.toml"
         waiting.write_text(MANIFEST.format(seed=seed, servers=2, **setting))
         idle = idle_memory_mib(folder, waiting)
@@ -108,6 +110,7 @@ def measure(setting: dict[str, int], seed: int) -> dict[str, float]:
         "ratio": swarm / plain,
         "ratio_recompute": swarm / recomputing,
         "idle_private_mib": idle,
+        "after_work_private_mib": worked,
     }
 
 
@@ -124,8 +127,8 @@ def reference_rate(path: Path, setting: dict[str, int], *, recompute: bool) -> f
     return setting["samples"] * (len(ends) - WARM_UP) / (ends[-1] - ends[WARM_UP - 1])
 
 
-def swarm_rate(folder: Path, manifest: Path, setting: dict[str, int]) -> float:
-    """Samples/s of the swarm, over the committed rounds after the warm-up."""
+def swarm_rate(folder: Path, manifest: Path, setting: dict[str, int]) -> tuple[float, float]:
+    """Samples/s of the swarm over the committed rounds after the warm-up, and MiB of a volunteer after the last."""
     with SwarmProcesses(folder / "swarm", manifest) as swarm:
         invite = swarm.bootstrap()
         for stage in range(2):
@@ -133,7 +136,8 @@ def swarm_rate(folder: Path, manifest: Path, setting: dict[str, int]) -> float:
         rounds = setting["rounds"]
         swarm.wait(lambda: len(committed(swarm)) >= rounds, 1200, "the swarm did not end")
         ends = [at for at, _ in committed(swarm)]
-    return setting["samples"] * (rounds - WARM_UP) / (ends[-1] - ends[WARM_UP - 1])
+        memory = private_mib(swarm.nodes["volunteer-1"].process.pid)
+    return setting["samples"] * (rounds - WARM_UP) / (ends[-1] - ends[WARM_UP - 1]), memory
 
 
 def idle_memory_mib(folder: Path, manifest: Path) -> float:
@@ -144,8 +148,13 @@ def idle_memory_mib(folder: Path, manifest: Path) -> float:
         node = swarm.nodes["volunteer-1"]
         running = node.directory / "node.json"
         swarm.wait(running.is_file, 120, "the volunteer did not join")
-        family = [psutil.Process(node.process.pid), *psutil.Process(node.process.pid).children(recursive=True)]
-        return sum(p.memory_full_info().uss for p in family) / 2**20
+        return private_mib(node.process.pid)
+
+
+def private_mib(pid: int) -> float:
+    """Private memory (USS) of a process and its children."""
+    family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return float(sum(p.memory_full_info().uss for p in family)) / 2**20
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, Any]:

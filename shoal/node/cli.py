@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import http.client
 import json
 import sys
-import urllib.error
+import traceback
 import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,13 +26,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MAX_INVITE_FILE_BYTES = 8192
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Directory = Annotated[Path | None, typer.Option("--dir", help="The node's directory: identity, state, events.")]
 Listen = Annotated[list[str] | None, typer.Option("--listen", help="TCP multiaddr to listen on (repeatable).")]
 AnnounceOption = Annotated[
     list[str] | None, typer.Option("--announce", help="Public multiaddr to tell others, behind a forwarded port.")
 ]
-MetricsPort = Annotated[int, typer.Option("--metrics-port", help="Port of /metrics and /status on 127.0.0.1; 0: any.")]
+MetricsPort = Annotated[
+    int, typer.Option("--metrics-port", min=0, max=65535, help="Port of /metrics and /status on 127.0.0.1; 0: any.")
+]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu" or "cuda:N".')]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="Processor threads for computing; 0: as torch likes.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
@@ -104,6 +109,8 @@ def join(
     from shoal.node.live import run_node
     from shoal.protocol.invite import Invite
 
+    if data is not None and not data.exists():
+        raise ShoalError(ExitCode.DATA_UNREADABLE, f"--data {data}: no such file", "name your copy of the run's data")
     settings = NodeSettings(
         directory=directory or default_directory("volunteer"),
         listen=tuple(listen or (LISTEN,)),
@@ -119,9 +126,16 @@ def join(
 
 def read_invite(text: str) -> str:
     """The invite itself: what is given, or the first line of the file that it names."""
-    if not text.startswith("shoal") and Path(text).is_file():
-        return Path(text).read_text().strip()
-    return text.strip()
+    path = Path(text)
+    try:
+        if text.startswith("shoal1-") or not path.is_file():
+            return text.strip()
+        with path.open("rb") as file:
+            return file.read(MAX_INVITE_FILE_BYTES).decode("ascii", "replace").strip()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return text.strip()  # certainly no file
+        raise ShoalError(ExitCode.BAD_INVITE, f"{text}: cannot be read ({error.strerror})") from None
 
 
 @app.command()
@@ -151,7 +165,7 @@ def _ask_node(settings: NodeSettings) -> dict[str, Any]:
         with urllib.request.urlopen(f"{url}/status", timeout=5) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
-    except (OSError, ValueError, KeyError, urllib.error.URLError):
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         raise ShoalError(ExitCode.NODE_NOT_RUNNING, f"no running node answers in {settings.directory}") from None
 
 
@@ -199,7 +213,8 @@ def main() -> None:
 
         known = explain(error)
         if known is None:
-            raise
+            traceback.print_exc()
+            known = ShoalError(ExitCode.INTERNAL, f"a defect of shoal itself ({type(error).__name__})")
         typer.echo(str(known), err=True)
         sys.exit(known.exit_code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ from shoal.node.exit_codes import ExitCode, ShoalError
 from shoal.node.settings import NodeSettings
 from shoal.protocol.identity import Identity
 from shoal.protocol.manifest import Manifest, SignedManifest, load_manifest
+from shoal.protocol.toml_lines import line_numbers
 from shoal.protocol.transport import Refused
+
+
+OLDER_MODEL_KEYS = frozenset({"rope_theta", "rope_scaling", "torch_dtype"})  # transformers still understands them
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,10 @@ def examine(path: Path) -> Examination:
 def _load(path: Path) -> tuple[Manifest, Any]:
     from shoal.swarm.data import load_corpus
 
+    if not path.exists():
+        raise ShoalError(ExitCode.BAD_MANIFEST, f"{path}: no such file", "name the run's file, or write one: README.md")
     manifest = load_manifest(path)
+    _check_model_keys(path, manifest)
     corpus = load_corpus(manifest.data, path.parent)
     if manifest.data.sha256 and manifest.data.sha256 != corpus.sha256:
         raise ShoalError(
@@ -76,6 +84,28 @@ def _load(path: Path) -> tuple[Manifest, Any]:
             "restore the data, or remove the key to pin what is here now",
         )
     return manifest.with_data_sha256(corpus.sha256), corpus
+
+
+def _check_model_keys(path: Path, manifest: Manifest) -> None:
+    """transformers takes any key in silence: one that its config does not have is a mistake. Raises ShoalError."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if manifest.model.architecture not in CONFIG_MAPPING:
+        return  # told, with the nearest one, when the stages are built
+    known = AutoConfig.for_model(manifest.model.architecture)
+    for where, line in line_numbers(path.read_text("utf-8")).items():
+        if len(where) != 3 or where[:2] != ("model", "config"):
+            continue
+        key = str(where[2])
+        if hasattr(known, key) or key in type(known).attribute_map or key in OLDER_MODEL_KEYS:
+            continue
+        close = difflib.get_close_matches(key, [*known.to_dict(), *type(known).attribute_map], n=1)
+        raise ShoalError(
+            ExitCode.BAD_MANIFEST,
+            f"{path}: line {line}: model.config.{key}: no such key in a config of {manifest.model.architecture}"
+            + (f" (did you mean {close[0]}?)" if close else ""),
+        )
 
 
 def prepare(path: Path, settings: NodeSettings) -> SignedManifest:

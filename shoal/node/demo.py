@@ -25,7 +25,7 @@ from shoal.monitoring.view import SwarmBoard
 from shoal.node import measure
 from shoal.node.coordinator import examine
 from shoal.node.demo_run import demo_manifest
-from shoal.node.exit_codes import ExitCode
+from shoal.node.exit_codes import ExitCode, ShoalError
 from shoal.node.live import quiet_libraries
 from shoal.node.swarm_processes import NodeProcess, SwarmProcesses
 from shoal.protocol.events import EntryDecided, Stamped, SyncFinished
@@ -60,6 +60,10 @@ def run_demo(settings: DemoSettings, *, as_json: bool) -> ExitCode:
     """Run it, print the summary (`as_json`: as the last line), return OK or PROMISE_BROKEN."""
     quiet_libraries()
     started = time.monotonic()
+    if settings.directory is not None and (settings.directory / "nodes").exists():
+        raise ShoalError(
+            ExitCode.USAGE, f"{settings.directory} holds an earlier demo", "remove it, or name another --dir"
+        )
     folder = settings.directory or Path(tempfile.mkdtemp(prefix="shoal-demo-"))
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=as_json)
@@ -195,7 +199,11 @@ def _export(folder: Path, swarm: SwarmProcesses, board: SwarmBoard) -> Path:
     swarm.wait(lambda: done.poll() is not None, 180.0, "the export did not end")
     output = done.stdout.read().decode(errors="replace") if done.stdout is not None else ""
     if done.returncode != 0:
-        raise RuntimeError(f"shoal export failed with code {done.returncode}: {output[-1500:]}")
+        raise ShoalError(
+            ExitCode.PROMISE_BROKEN,
+            f"shoal export failed with code {done.returncode}: {output[-1500:]}",
+            f"look into {folder}",
+        )
     return target
 
 
@@ -267,7 +275,7 @@ def broken_promises(summary: dict[str, Any], settings: DemoSettings) -> list[str
     bound = TOLERANCE * summary["tripwire"]
     if not summary["reference_max_abs_diff"] <= bound:
         broken.append(
-            f"the parameters differ from one machine's by {summary['reference_max_abs_diff']:.2e}, more than {bound:.2e}"
+            f"the parameters are {summary['reference_max_abs_diff']:.2e} away from one machine's, more than {bound:.2e}"
         )
     if settings.rounds >= 30 and not summary["loss_last"] <= summary["unigram_entropy"] - MARGIN_NATS:
         broken.append(f"the last loss {summary['loss_last']:.3f} is not {MARGIN_NATS} nats below the unigram entropy")

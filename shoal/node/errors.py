@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from shoal.monitoring.exporter import ExporterError
 from shoal.node.exit_codes import ExitCode, ShoalError
 from shoal.protocol.events import REASON_HELP, Reason
@@ -37,6 +39,10 @@ _TRANSPORT_CODES: tuple[tuple[type[TransportError], ExitCode], ...] = (
 REFUSED_MANIFEST = frozenset({Reason.BAD_SIGNATURE, Reason.MALFORMED, Reason.TOO_LARGE, Reason.WRONG_RUN})
 
 
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR})
+
+
 def explain(error: BaseException) -> ShoalError | None:
     """The error as a person should see it; None for one that nobody foresaw (a bug: let it show its traceback)."""
     for cause in _causes(error):
@@ -51,6 +57,15 @@ def _causes(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [cause for inner in error.exceptions for cause in _causes(inner)]
     return [error]
+
+
+def _of(error: OSError) -> str:
+    return f" for {error.filename}" if error.filename is not None else ""
+
+
+def _full(cause: BaseException | None) -> bool:
+    """Did the disk run full? safetensors tells it in the text of an exception type of its own."""
+    return (isinstance(cause, OSError) and cause.errno in _NO_SPACE) or f"os error {errno.ENOSPC}" in str(cause)
 
 
 def _explain_one(error: BaseException) -> ShoalError | None:
@@ -79,6 +94,16 @@ def _explain_one(error: BaseException) -> ShoalError | None:
             return ShoalError(ExitCode.PORT_IN_USE, str(error))
         case CallError():
             return ShoalError(ExitCode.INTERNAL, f"{error} ({REASON_HELP[error.reason]})")
+        case OSError() if error.errno in _NO_SPACE:
+            return ShoalError(ExitCode.NO_SPACE, f"no space left{_of(error)}")
+        case OSError() if error.errno in _NOT_WRITABLE and error.filename is not None:
+            return ShoalError(ExitCode.DIRECTORY_UNWRITABLE, f"{error.filename}: {error.strerror}")
+        case _ if type(error).__name__ == "ExportError" and _full(error.__context__):
+            return ShoalError(
+                ExitCode.NO_SPACE,
+                f"no space left for the export: {error}",
+                "free some space or name a directory on another disk",
+            )
         case _ if type(error).__name__ in swarm_errors and type(error).__module__.startswith("shoal.swarm"):
             return ShoalError(swarm_errors[type(error).__name__], str(error))
     return None

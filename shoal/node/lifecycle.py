@@ -1,4 +1,4 @@
-"""Where a node is in its life (DESIGN 4.9): a pure function of facts, so that it can never get out of step with them."""
+"""Where a node is in its life (DESIGN 4.9): a pure function of facts, so it can never get out of step with them."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from shoal.monitoring.exporter import Exporter
 from shoal.monitoring.metrics import Metrics
 from shoal.monitoring.projection import Projection
 from shoal.node.chaos import injection
+from shoal.node.errors import explain
 from shoal.node.exit_codes import ExitCode, ShoalError
 from shoal.node.hardware import Hardware, choose
 from shoal.node.lifecycle import Facts, Stage, told
@@ -117,8 +118,11 @@ class Node:
                 self.settings.prepare()
                 self._open_files(stack)
                 self._handle_signals(stack)
-                await self._start(stack)
-                code = await self._live()
+                code = await self._live() if await self._starts(stack) else ExitCode.OK
+            except BaseException as error:
+                known = explain(error)
+                code = known.exit_code if known is not None else ExitCode.INTERNAL
+                raise
             finally:
                 self._tell(stopped=True)
                 self.bus.emit(NodeStopped(int(code)))
@@ -150,6 +154,21 @@ class Node:
         """First call: leave in order. Second call: leave at once."""
         self._stops += 1
         self._stop.set()
+
+    async def _starts(self, stack: contextlib.AsyncExitStack) -> bool:
+        """Start, unless somebody stops us meanwhile: then False."""
+        start = asyncio.ensure_future(self._start(stack))
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                start.result()
+                return True
+            return False
+        finally:
+            for task in (start, stop):
+                task.cancel()
+            await asyncio.wait({start, stop})
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         bootstrap = self._initial_peers()
@@ -217,8 +236,14 @@ class Node:
         invite = self._invite
         stored = await self.disk.get("manifest")
         if stored is not None:
-            with contextlib.suppress(Refused):
+            try:
                 return SignedManifest.open(stored, expected_run=invite.run, expected_coordinator=invite.coordinator)
+            except Refused:
+                raise ShoalError(
+                    ExitCode.BAD_INVITE,
+                    f"{self.settings.directory} holds another run than the one of this invite",
+                    "give each run a directory of its own with --dir",
+                ) from None
         refusal: CallError | None = None
         for peer in dict.fromkeys((invite.coordinator, *self._invited_peers(), *self._read_peers())):
             try:

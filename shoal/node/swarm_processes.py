@@ -5,6 +5,7 @@ Used by the demo, the process tests and the benchmarks. Every process started he
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -78,9 +79,20 @@ class SwarmProcesses:
         self.wait(lambda: invite.is_file() and invite.stat().st_size > 0, timeout_s, f"{name} gave no invite", [node])
         return invite.read_text().strip()
 
-    def join(self, name: str, invite: str, *, threads: int = 1, linger_s: float = 600.0, **environment: str) -> None:
+    def join(
+        self,
+        name: str,
+        invite: str,
+        *,
+        threads: int = 1,
+        linger_s: float = 600.0,
+        data: Path | None = None,
+        **environment: str,
+    ) -> None:
+        """Start a volunteer, or start one again in the directory that it had. `data`: its copy of the training data."""
         directory = self.folder / name
         options = ["--dir", str(directory), "--listen", LOOPBACK, "--threads", str(threads)]
+        options += ["--data", str(data)] if data is not None else []
         self._start(name, ["join", invite, *options, "--linger", str(linger_s), "--device", "cpu"], environment)
 
     def _start(self, name: str, arguments: list[str], environment: dict[str, str]) -> NodeProcess:
@@ -100,6 +112,7 @@ class SwarmProcesses:
         if old is not None:
             node.events = old.events
             node.follower = old.follower
+            node.family = old.family
         self.nodes[name] = node
         return node
 
@@ -111,10 +124,8 @@ class SwarmProcesses:
             node.events += news
             if node.process.poll() is None:
                 known = {p.pid for p in node.family}
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     node.family += [c for c in psutil.Process(node.process.pid).children(True) if c.pid not in known]
-                except psutil.NoSuchProcess:
-                    pass
             if news:
                 self.on_events(node, news)
 
@@ -147,6 +158,14 @@ class SwarmProcesses:
         node.process.send_signal(signal.SIGKILL)
         node.process.wait(10)
         return node.killed_at_s
+
+    def terminate(self, name: str, timeout_s: float = 60.0) -> int:
+        """SIGTERM one node and wait for its end; returns its exit code. Raises ShoalError if it stays."""
+        node = self.nodes[name]
+        node.killed_at_s = time.time()
+        node.process.terminate()
+        self.wait(lambda: node.process.poll() is not None, timeout_s, f"{name} did not end")
+        return node.process.returncode
 
     def expect_death(self, name: str) -> None:
         """The node will end itself (fault injection): do not take that for an error."""

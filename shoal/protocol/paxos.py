@@ -53,7 +53,7 @@ def choose(promised: Iterable[Accepted | None], own: bytes) -> bytes:
 
 
 def next_ballot(seen: int, rank: int) -> int:
-    """A ballot of `rank` above `seen`, the highest ballot seen so far (-1: none); 0 only for rank 0 that saw nothing."""
+    """A ballot of `rank` above `seen`, the highest one seen (-1: none); 0 only for rank 0 that saw nothing."""
     if seen < 0 and rank == 0:
         return 0
     number = max(seen // RANKS + 1, 1)

@@ -137,6 +137,7 @@ def test_at_most_one_value_is_ever_chosen_and_a_lone_proposer_gets_there(size: i
 
 def test_the_model_finds_a_broken_acceptor(monkeypatch) -> None:
     """The tripwire: an acceptor that forgets its promise lets two values be chosen."""
+
     def forgetful(_: AcceptorState, ballot: int, value: bytes) -> tuple[AcceptorState, bool]:
         return AcceptorState(ballot, Accepted(ballot, value)), True
 

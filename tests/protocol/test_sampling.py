@@ -83,7 +83,7 @@ def test_parts_of_the_key_do_not_run_into_each_other() -> None:
 def test_newcomers_cannot_grind_a_beacon(
     settled: dict[str, int], newcomers: set[str], round_: int, beacon: str
 ) -> None:
-    fresh = {peer: round_ for peer in newcomers - settled.keys()}
+    fresh = dict.fromkeys(newcomers - settled.keys(), round_)
     with_them = next_beacon(entry({**settled, **fresh}, round_, beacon), RUN)
     assert with_them == next_beacon(entry(dict(reversed(settled.items())), round_, beacon), RUN)
 

@@ -71,10 +71,16 @@ def _name(cell: Cell) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("--full-matrix", default=False)
     if "cell" in metafunc.fixturenames:
-        full = metafunc.config.getoption("--full-matrix", default=False)
         cells = _all_cells() if full else _covering_cells()
         metafunc.parametrize("cell", cells, ids=[_name(cell) for cell in cells])
+    if "second_death" in metafunc.fixturenames:
+        deaths = list(itertools.product(REPAIR_POINTS, Victim, Fate))
+        if not full:  # every point with every victim, and every fate with both
+            deaths = deaths[:: len(Fate) + 1]
+        ids = [f"{point}-{victim.value}-{fate.value}".replace(" ", "_") for point, victim, fate in deaths]
+        metafunc.parametrize("second_death", deaths, ids=ids)
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -101,12 +107,10 @@ def test_a_death_changes_nothing(cell: Cell, seed: int) -> None:
     run_virtual(main())
 
 
-@pytest.mark.parametrize("fate", Fate, ids=lambda fate: fate.value.replace(" ", "_"))
-@pytest.mark.parametrize("victim", Victim, ids=lambda victim: victim.value.replace(" ", "_"))
-@pytest.mark.parametrize("point", REPAIR_POINTS)
 def test_a_second_death_during_the_repair_of_the_first_changes_nothing(
-    point: str, victim: Victim, fate: Fate, seed: int
+    second_death: tuple[str, Victim, Fate], seed: int
 ) -> None:
+    point, victim, fate = second_death
     number = seed_of(f"{point} {victim} {fate}", seed)
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""What the leader does next, from what the members reported. Pure (DESIGN 4.4: freeze, plan, repair, reduce, decide)."""
+"""What the leader does next, from what members reported. Pure (DESIGN 4.4: freeze, plan, repair, reduce, decide)."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def _survey_stage(
     if holders:
         best = min(holders, key=lambda digest: (-len(holders[digest]), digest))
         return StageState(stage, servers, (known[best], tuple(p for p in servers if p in holders[best])), None)
-    ledgers = {
-        peer: [Bucket(b.id, b.microbatches, b.loss_sum) for b in reports[peer].buckets] for peer in servers
-    }
+    ledgers = {peer: [Bucket(b.id, b.microbatches, b.loss_sum) for b in reports[peer].buckets] for peer in servers}
     return StageState(stage, servers, None, plan_stage(stage, microbatches, ledgers, servers, turn))
 
 

@@ -338,10 +338,16 @@ class Leader:
                 for s in range(stages)
             ),
         )
-        return await self._propose(where, rank, reports, commit, next_pins(self._history.chain, stages, reports, ranked))
+        pins = next_pins(self._history.chain, stages, reports, ranked)
+        return await self._propose(where, rank, reports, commit, pins)
 
     async def _propose(
-        self, where: Round, rank: int, reports: Mapping[str, Report], decision: Decision, pins: tuple[Pin | None, Pin | None]
+        self,
+        where: Round,
+        rank: int,
+        reports: Mapping[str, Report],
+        decision: Decision,
+        pins: tuple[Pin | None, Pin | None],
     ) -> bool:
         head, spec = self._history.head, self._context.spec
         members, committee = next_members(head, spec.shape, set(reports), self._joiners(), self._leaving())

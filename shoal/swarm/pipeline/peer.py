@@ -90,6 +90,7 @@ class PipelinePeer:
             await self._rounds()
             follower.cancel()
             await self.server.settled()
+            await self.state.idle.wait()
             keeper.cancel()
 
     @property

@@ -47,8 +47,7 @@ def next_members(
     candidates = joiners.keys() - before - set(leaving)
     fresh = [joiners[peer] for peer in order(candidates, head.run, round_, head.beacon, "join")]
     members = dict(kept)
-    seated = set(head.committee) - kept.keys() - set(leaving)  # away, but may keep their seats
-    for joiner in fresh[: max(0, shape.max_peers - len(members) - len(seated))]:
+    for joiner in fresh[: max(0, shape.max_peers - len(members))]:
         members[joiner.peer] = joiner.model_copy(update={"since": round_, "stage": None, "feeder": False})
     members = _assign_stages(members, shape)
     committee, away = _choose_committee(head, shape, members, leaving)
@@ -76,9 +75,7 @@ def _assign_stages(members: dict[str, Member], shape: Shape) -> dict[str, Member
     return out
 
 
-def _assign_feeders(
-    members: dict[str, Member], head: Entry, shape: Shape, away: Sequence[str]
-) -> dict[str, Member]:
+def _assign_feeders(members: dict[str, Member], head: Entry, shape: Shape, away: Sequence[str]) -> dict[str, Member]:
     able = [m.peer for m in members.values() if m.can_feed and m.peer not in away]
     ranked = order(able, head.run, head.round + 1, head.beacon, "feeder")
     # sticky first, then volunteers by order, the coordinator last: it should only coordinate
@@ -90,7 +87,7 @@ def _assign_feeders(
 def _choose_committee(
     head: Entry, shape: Shape, members: Mapping[str, Member], leaving: Collection[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(committee, its members that are away). Keeps whoever is alive, fills seats by order, never shrinks for absence."""
+    """(committee, its members that are away). Keeps who is alive, fills seats by order, never shrinks for absence."""
     stay = [p for p in head.committee if p in members]
     newcomers = [p for p in order(members, head.run, head.round + 1, head.beacon, "committee") if p not in stay]
     # a seat on the committee needs a settled member: one that was admitted by an earlier entry, unless there is none

@@ -23,11 +23,12 @@ SHORTEST_S = 1e-4  # no server counts as faster than this, so that even calls wi
 
 @dataclass(slots=True)
 class _Server:
-    seconds: float | None = None  # smoothed time of one call
+    seconds: float | None = None  # smoothed time of one call, without waiting behind our own
     in_flight: dict[int, float] = field(default_factory=dict)  # ticket -> start
     failures: int = 0  # in a row; calls that were in flight together fail together, as one
     failed_at: float = -math.inf
     banned_until: float = 0.0
+    last_done: float = -math.inf  # when it last finished a call of ours
     credit: float = 0.0  # virtual finish time of what it was given
 
     @property
@@ -95,7 +96,9 @@ class Router:
         server = self._servers.get(peer)
         if server is None or ticket not in server.in_flight:
             return
-        seconds = now - server.in_flight.pop(ticket)
+        # a call that waited behind others of ours says nothing about the server: count from when its turn came
+        seconds = now - max(server.in_flight.pop(ticket), server.last_done)
+        server.last_done = now
         server.seconds = seconds if server.seconds is None else (1 - SMOOTHING) * server.seconds + SMOOTHING * seconds
         server.failures = 0
         server.banned_until = 0.0

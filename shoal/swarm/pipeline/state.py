@@ -6,6 +6,7 @@ rollback alike. Everything fetched is checked against digests that the log pins,
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -145,6 +146,7 @@ class StateKeeper:
         self._history = history
         self._server = server
         self._build = build
+        self.idle = asyncio.Event()  # caught up, and the snapshot of the newest step is on disk
         self._have: Have | None = None
         self._origins: dict[tuple[int, int], str] = {}  # (step, stage) of a snapshot -> digest of the commit it follows
         self._sync: _Sync | None = None  # a catch-up under way
@@ -166,7 +168,9 @@ class StateKeeper:
         """For ever: catch up, then wait for the next entry."""
         while True:
             round_ = self._history.head.round
+            self.idle.clear()
             await self.catch_up()
+            self.idle.set()
             await self._keep_pinned()
             await self._forget()
             if self._history.head.round == round_:
@@ -245,7 +249,7 @@ class StateKeeper:
         return False
 
     async def _unload(self) -> None:
-        """Let go of a state that is not of this history: it must not look ready when the log comes by its step again."""
+        """Let go of a state of another history: it must not look ready when the log comes by its step again."""
         self._have = None
         if self._server.program is not None:
             await self._server.set_program(None, -1)
@@ -279,9 +283,7 @@ class StateKeeper:
         head = self._history.head
         history = self._history.chain.commit_digest(action.step)  # now: the log may roll back meanwhile
         donors = [*action.holders, *(p for p in head.servers(action.stage) if p not in action.holders)]
-        self._fetched(
-            await self._server.fetch_blob(action.gradient, [p for p in donors if p != self._context.me])
-        )
+        self._fetched(await self._server.fetch_blob(action.gradient, [p for p in donors if p != self._context.me]))
         gradient = await self._server.gradient(action.gradient)
         started = self._context.now()
         await self._server.apply(gradient, action.samples)
@@ -313,6 +315,7 @@ class StateKeeper:
         pins = [pin for pin in (entry.pin, entry.candidate) if pin is not None]
         for pin, stage in itertools.product(pins, range(self._context.spec.shape.stages)):
             key, digest = (pin.step, stage), pin.digests[stage]
+            origin = self._history.chain.commit_digest(pin.step)
             wanted = self._context.me in keepers(
                 self._history.chain, entry, stage, self._context.spec.shape.coordinator
             )
@@ -322,7 +325,7 @@ class StateKeeper:
                 await self._server.fetch_blob(digest, list(entry.servers(stage)))
             except Refused:
                 continue
-            await self._remember(stage, pin.step, digest)
+            await self._remember(Have(stage, pin.step, origin), digest)
 
     async def _forget(self) -> None:
         """Delete snapshots and gradients that nobody will ask for: older than the pin and than the newest ones."""

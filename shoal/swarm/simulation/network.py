@@ -51,6 +51,7 @@ class SimNetwork:
         self.link = link or Link()
         self.peers: dict[str, SimTransport] = {}
         self.taps: list[Tap] = []
+        self.slow: dict[str, float] = {}  # peer -> seconds that it takes longer for every request
         self._sides: dict[str, int] = {}
 
     def partition(self, *sides: set[str]) -> None:
@@ -169,6 +170,8 @@ class SimTransport:
         async def work() -> None:
             try:
                 await self._awake.wait()
+                if self._peer in self._network.slow:
+                    await asyncio.sleep(self._network.slow[self._peer])
                 reply = await self._handle(name, request)
                 if self.alive and not call.reply.done():
                     call.reply.set_result(reply)

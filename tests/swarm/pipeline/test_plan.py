@@ -1,4 +1,4 @@
-"""Plans cover every microbatch exactly once, and freeze, discard, repair converges while a server of the stage lives."""
+"""Plans cover every microbatch exactly once; freeze, discard, repair converges while a server of the stage lives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hold(ledgers: dict[str, list[Bucket]], plan: StagePlan) -> Counter[int]:
     return count
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(ledgers=ledgers_of(st.integers(-3, 14), losses), size=st.integers(1, 12), turn=st.integers(0, 9))
 def test_whatever_servers_claim_every_microbatch_is_in_the_plan_exactly_once(
     ledgers: dict[str, list[Bucket]], size: int, turn: int
@@ -76,7 +76,7 @@ def test_a_plan_depends_on_what_is_held_and_not_on_who_answered_first(
 @settings(max_examples=200)
 @given(case=honest_ledgers())
 def test_every_bucket_is_used_or_dropped_and_what_is_dropped_is_counted(
-    case: tuple[int, dict[str, list[Bucket]]]
+    case: tuple[int, dict[str, list[Bucket]]],
 ) -> None:
     size, ledgers = case
     plan = plan_stage(0, size, ledgers, SERVERS)

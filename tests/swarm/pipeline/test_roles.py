@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Set
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.protocol.runlog import Chain, Decided, Entry, Genesis, Member, Reconfigure
+from shoal.protocol.runlog import Chain, Decided, Entry, Genesis, Member, Reconfigure, Vote
 from shoal.protocol.sampling import next_beacon
 from shoal.swarm.pipeline.roles import Shape, microbatches_of, next_members
 
@@ -48,8 +49,10 @@ class History:
     def head(self) -> Entry:
         return self.chain.head
 
-    def enter(self, alive: set[str], joiners: dict[str, Member] | None = None, leaving: set[str] | None = None) -> Entry:
-        members, committee = next_members(self.head, self.shape, alive, joiners or {}, leaving or set())
+    def enter(
+        self, alive: set[str], joiners: dict[str, Member] | None = None, leaving: Set[str] = frozenset()
+    ) -> Entry:
+        members, committee = next_members(self.head, self.shape, alive, joiners or {}, leaving)
         entry = self.head.model_copy(
             update={
                 "round": self.head.round + 1,
@@ -60,11 +63,8 @@ class History:
                 "decision": Reconfigure(),
             }
         )
-        self.chain.check_follows(entry)
-        data = Entry.from_bytes(entry.to_bytes()).to_bytes()
-        votes = Decided(ballot=0, votes=())
-        self.chain._append(entry, data, votes)  # its votes are the business of another test
-        return entry
+        votes = tuple(Vote(peer=p, signature="00") for p in self.head.committee)
+        return self.chain.extend(entry.to_bytes(), Decided(ballot=0, votes=votes), lambda *_: True)
 
 
 def volunteers(*numbers: int, can_feed: bool = True) -> dict[str, Member]:
@@ -191,11 +191,12 @@ def test_the_last_member_stays_though_it_wants_to_leave() -> None:
 
 
 def test_a_seat_goes_to_a_settled_member_before_a_newcomer() -> None:
-    history = running(servers=4, committee=3)
-    gone = next(p for p in history.head.committee if p != COORDINATOR)
-    settled = {m.peer for m in history.head.members}
-    entry = history.enter(settled - {gone}, volunteers(*range(20, 40)))
-    assert set(entry.committee) <= settled - {gone} and len(entry.committee) == 3
+    for i in range(5):
+        history = running(servers=4, committee=3)
+        gone = next(p for p in history.head.committee if p != COORDINATOR)
+        settled = {m.peer for m in history.head.members} - {gone}
+        entry = history.enter(settled, volunteers(*range(100 * i + 20, 100 * i + 50)))
+        assert set(entry.committee) <= settled and len(entry.committee) == 3
 
 
 def test_a_full_run_takes_nobody_in() -> None:
@@ -203,7 +204,6 @@ def test_a_full_run_takes_nobody_in() -> None:
     assert len(history.enter({COORDINATOR}, volunteers(*range(10))).members) == 4
     everybody = {m.peer for m in history.head.members}
     assert {m.peer for m in history.enter(everybody, volunteers(20)).members} == everybody
-    # members that are away hold a place for their seat
     assert len(history.enter({COORDINATOR}, volunteers(*range(30, 40))).members) <= 4
 
 

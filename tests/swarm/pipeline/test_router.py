@@ -1,4 +1,4 @@
-"""Routing in virtual time: shares follow speed, a hung or failing server loses its work, and gets it back when it heals."""
+"""Routing in virtual time: shares follow speed; a hung or failing server loses its work until it heals."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def simulate(
     start: float = 0.0,
     give_up: float = 1e9,
 ) -> list[tuple[float, str]]:
-    """`workers` keep one call each in flight; returns (start, server) of every call. A failed call is given up after
-    `give_up` seconds at the latest, as the feeder's deadline does."""
+    """`workers` keep one call each in flight; returns (start, server) of every call. A server computes one call at a
+    time, in arrival order. A failed call is given up after `give_up` seconds at the latest, as the feeder's deadline
+    does."""
+    free = dict.fromkeys(servers, start)
     calls: list[tuple[float, str]] = []
     queue: list[tuple[float, int, str, str, int]] = [(start, -i, "idle", "", 0) for i in range(workers)]
     heapq.heapify(queue)
@@ -47,6 +49,9 @@ def simulate(
         ticket = router.start(choice, now)
         calls.append((now, choice))
         outcome, seconds = servers[choice](now)
+        if outcome == "ok" and seconds < math.inf:
+            free[choice] = max(free[choice], now) + seconds
+            seconds = free[choice] - now
         if seconds > give_up:
             outcome, seconds = "fail", give_up
         serial += 1
@@ -161,6 +166,15 @@ def test_a_newcomer_gets_its_share_and_not_everything() -> None:
     router.update(["a", "b", "new"])
     calls = simulate(router, {**old, "new": steady(0.1)}, workers=6, start=100.0, until=110.0)
     assert shares(calls)["new"] == pytest.approx(1 / 3, rel=0.25)
+
+
+def test_while_a_probe_hangs_and_the_others_are_banned_the_probe_is_not_repeated() -> None:
+    router = Router(["probed", "banned"])
+    router.failed("probed", router.start("probed", 0.0), 0.0, penalty_s=1.0)
+    router.failed("banned", router.start("banned", 0.0), 0.0, penalty_s=50.0)
+    assert router.choose(2.0) == "probed"
+    router.start("probed", 2.0)
+    assert router.choose(3.0) == "banned"
 
 
 def test_penalties_double_to_a_bound_and_calls_that_fail_together_count_once() -> None:
