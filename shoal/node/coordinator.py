@@ -14,7 +14,6 @@ from shoal.protocol.manifest import Manifest, SignedManifest, load_manifest
 from shoal.protocol.toml_lines import line_numbers
 from shoal.protocol.transport import Refused
 
-
 OLDER_MODEL_KEYS = frozenset({"rope_theta", "rope_scaling", "torch_dtype"})  # transformers still understands them
 
 

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -20,13 +21,18 @@ from shoal.node.services import MANIFEST
 from shoal.node.settings import NodeSettings
 from shoal.protocol.blobs import BlobStore
 from shoal.protocol.events import Bus
-from shoal.protocol.identity import Identity
+from shoal.protocol.identity import Identity, readable_name
 from shoal.protocol.invite import Invite
 from shoal.protocol.manifest import SignedManifest
 from shoal.protocol.p2p import P2PTransport
 from shoal.protocol.runlog import Member
 from shoal.protocol.store import DiskStore
 from shoal.protocol.transport import CallError, Empty, Refused
+
+if TYPE_CHECKING:
+    from shoal.swarm.pipeline.history import History
+
+CHASE_S = 60.0  # how long the newest state of a run that goes on is chased
 
 
 async def export_run(target: Path, source: NodeSettings, invite: str | None, *, show: bool) -> dict[str, Any]:
@@ -100,27 +106,50 @@ async def _observe(
     )
     origin = Member(peer=signed.coordinator, public_key=signed.certificate.run_key.hex())
     history = History(context, genesis(spec.run, origin))
-    for peer in entrance:
-        await history.pull(peer)
-    if history.head.round == 0:
-        raise ShoalError(ExitCode.EXPORT_REFUSED, "the run has no history yet", "wait until it has begun")
-    with Progress(console=Console(stderr=True), disable=not show, transient=True) as bar:
-        tasks = [bar.add_task(f"stage {s}", total=max(1, history.head.step)) for s in range(spec.shape.stages)]
-        try:
-            states = await collect_states(
+    for stage in range(spec.shape.stages):
+        await run_in_thread(build_stage, manifest, stage)  # what is slow the first time, before the run moves on
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (show and console.is_terminal), transient=True) as bar:
+        tasks = [bar.add_task(f"stage {s}", total=None) for s in range(spec.shape.stages)]
+
+        async def collect() -> list[dict[str, Any]]:
+            return await collect_states(
                 context,
                 history.chain,
                 lambda stage: build_stage(manifest, stage),
-                lambda stage, step, _: bar.update(tasks[stage], completed=step),
+                lambda stage, step, last: bar.update(tasks[stage], completed=step, total=last),
             )
-        except Refused as refusal:
-            raise ShoalError(
-                ExitCode.EXPORT_REFUSED,
-                f"the state after step {history.head.step} is not to be had: {refusal.detail}",
-                "wait until a peer that holds it is back, then export again",
-            ) from None
+
+        states = await _newest(history, entrance, collect)
     written = await asyncio.to_thread(export_hf, manifest, states, target)
     return {"export_dir": str(written), "step": history.head.step, "round": history.head.round, "run": spec.run}
+
+
+async def _newest(
+    history: History, entrance: list[str], collect: Callable[[], Awaitable[list[dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """The newest state. A run that goes on meanwhile lets go of old states: then for its new head, until there is none.
+
+    Raises ShoalError(EXPORT_REFUSED)."""
+    end = time.monotonic() + CHASE_S
+    while True:
+        for peer in dict.fromkeys((*entrance, *(m.peer for m in history.head.members))):
+            if await history.pull(peer):
+                break
+        round_ = history.head.round
+        if round_ == 0:
+            raise ShoalError(ExitCode.EXPORT_REFUSED, "the run has no history yet", "wait until it has begun")
+        try:
+            return await collect()
+        except Refused as refusal:
+            for peer in entrance:
+                await history.pull(peer)
+            if history.head.round == round_ or time.monotonic() > end:
+                raise ShoalError(
+                    ExitCode.EXPORT_REFUSED,
+                    f"the state after step {history.head.step} is not to be had: {refusal.detail}",
+                    "wait until a peer that holds it is back, then export again",
+                ) from None
 
 
 async def _manifest(transport: P2PTransport, invite: Invite, entrance: list[str]) -> SignedManifest:
@@ -128,7 +157,14 @@ async def _manifest(transport: P2PTransport, invite: Invite, entrance: list[str]
     for peer in dict.fromkeys((invite.coordinator, *entrance)):
         try:
             reply = await transport.call(peer, MANIFEST, Empty(), timeout_s=15.0)
-            return SignedManifest.open(reply.body, expected_run=invite.run, expected_coordinator=invite.coordinator)
         except CallError as error:
             failure = error
+            continue
+        try:
+            return SignedManifest.open(reply.body, expected_run=invite.run, expected_coordinator=invite.coordinator)
+        except Refused as error:
+            raise ShoalError(
+                ExitCode.MANIFEST_REFUSED,
+                f"the manifest that {readable_name(peer)} gave is not the one of the invite: {error.detail}",
+            ) from None
     raise ShoalError(ExitCode.BOOTSTRAP_UNREACHABLE, f"nobody gave the manifest ({failure})")

@@ -54,6 +54,7 @@ async def _run(
     quiet: bool,
     plain: bool,
 ) -> ExitCode:
+    asyncio.get_running_loop().set_exception_handler(_on_loop_error)
     rounds = manifest.manifest.schedule.rounds if manifest is not None else 0
     name = manifest.manifest.name if manifest is not None else ""
     board = NodeBoard(name, rounds=rounds)
@@ -80,6 +81,12 @@ async def _run(
             await asyncio.wait({running}, timeout=REFRESH_S)
         live.update(board.render(time.time()))
     return await running
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """asyncio 3.11 reports a connection whose handler was cancelled, as ours are at the end: that is no error."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 async def _plain(running: asyncio.Future[ExitCode], board: NodeBoard) -> ExitCode:

@@ -254,7 +254,7 @@ class BlobStore:
 
 
 def _is_digest(digest: str) -> bool:
-    return len(digest) == 64 and all(digit in "0123456789abcdef" for digit in digest)
+    return len(digest) == 64 and not digest.strip("0123456789abcdef")
 
 
 def require_digest(digest: str) -> None:

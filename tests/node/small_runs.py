@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from shoal.node import measure
+from shoal.node.cli import main
+from shoal.node.exit_codes import ExitCode
 from shoal.node.exporting import export_run
 from shoal.node.settings import NodeSettings
 from shoal.node.swarm_processes import NodeProcess, SwarmProcesses
@@ -93,7 +100,7 @@ def write_run(
 
 def write_words(path: Path, seed: int = 0) -> Path:
     rng = random.Random(seed)
-    words = "shoal round stage peer feeder server ledger plan freeze reduce prepare decide apply log".split()
+    words = ("shoal", "round", "stage", "peer", "feeder", "server", "ledger", "plan", "freeze", "decide", "apply")
     path.write_text(" ".join(rng.choice(words) for _ in range(3000)))
     return path
 
@@ -169,6 +176,60 @@ def finish(swarm: SmallSwarm, rounds: int) -> Outcome:
     orphans = swarm.orphans()
     counts = measure.count(measure.read_log(coordinator.directory))
     return Outcome(counts, measure.compare(swarm.manifest, target, rounds), codes, orphans)
+
+
+@contextlib.contextmanager
+def small_disk(at: Path, size: str) -> Iterator[None]:
+    """A disk of so many bytes mounted at a folder. Skips the test where this user may not mount."""
+    at.mkdir(parents=True, exist_ok=True)
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    done = subprocess.run(
+        [mount, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(at)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no small tmpfs can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command said and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def is_error(self, code: ExitCode, *words: str) -> None:
+        """One line that says what happened (with these words), one with the fix, the documented code, no traceback."""
+        lines = self.err.splitlines()
+        assert self.code == code, self
+        assert [line[:7] for line in lines] == ["shoal: ", "  fix: "], self
+        for word in words:
+            assert word in self.err, self
+
+
+def run_here(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> Answer:
+    """The command, in this process: the same code without the seconds that importing costs."""
+    capfd.readouterr()
+    before, sys.argv = sys.argv, ["shoal", *map(str, arguments)]
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "200"
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = before
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+    out, err = capfd.readouterr()
+    code = ended.value.code
+    return Answer(int(code) if code is not None else 0, out, err)  # type: ignore[arg-type]
 
 
 def shoal(*arguments: str | Path, timeout_s: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:

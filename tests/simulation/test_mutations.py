@@ -69,9 +69,7 @@ def _skip_accumulation(monkeypatch: pytest.MonkeyPatch, stages: Sequence[int]) -
     """The feeder asks for microbatch 0 of the last round without accumulating it, and reports it done."""
     original = Feeder._backward
 
-    async def backward(
-        self: Feeder, where: Any, known: Any, microbatch: int, stage: int, *, accumulate: bool
-    ) -> None:
+    async def backward(self: Feeder, where: Any, known: Any, microbatch: int, stage: int, *, accumulate: bool) -> None:
         lose = self._history.head.step == LAST and microbatch == 0 and stage in stages
         await original(self, where, known, microbatch, stage, accumulate=accumulate and not lose)
 

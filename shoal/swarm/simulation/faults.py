@@ -113,9 +113,7 @@ class Fate(enum.Enum):
 AFTER_S = 1.0  # until the restart or the replacement, virtual seconds
 
 
-def reach(
-    world: World, point: Point, then: Callable[[str], None], *, count: int = 1, since_step: int = 0
-) -> None:
+def reach(world: World, point: Point, then: Callable[[str], None], *, count: int = 1, since_step: int = 0) -> None:
     """Do `then(peer)` when a peer reaches the point for the `count`-th time after the log has `since_step` steps."""
     match point:
         case Emitted(kind, test):

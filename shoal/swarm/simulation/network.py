@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.protocol.events import Event, Reason
-from shoal.protocol.store import MemoryStore
+from shoal.protocol.store import Data, MemoryStore
 from shoal.protocol.transport import CallError, Handler, Method, Refused, Reply, Request, Unanswered
 
 
@@ -236,6 +236,7 @@ class SimStore:
     """A disk as one incarnation sees it: once that is dead, nothing is written any more."""
 
     def __init__(self, disk: MemoryStore, transport: SimTransport) -> None:
+        self.on_corrupt = disk.on_corrupt
         self._disk = disk
         self._transport = transport
 
@@ -243,7 +244,7 @@ class SimStore:
         if not self._transport.alive:
             raise PeerKilled
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: Data) -> None:
         self._check()
         await self._disk.put(key, data)
         self._check()

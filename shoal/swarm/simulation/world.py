@@ -322,8 +322,7 @@ class World:
         live = set(self.alive())
         members = [m for m in head.members if m.peer in live]
         return all(
-            self.peers[m.peer].history.head.round == head.round
-            and (m.stage is None or self.peers[m.peer].server.ready)
+            self.peers[m.peer].history.head.round == head.round and (m.stage is None or self.peers[m.peer].server.ready)
             for m in members
         )
 
