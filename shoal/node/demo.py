@@ -164,7 +164,11 @@ def _train(swarm: SwarmProcesses, settings: DemoSettings, story: Story, board: S
 
     def wait_for(step: int) -> None:
         while (now := steps()) < step:
-            swarm.wait(lambda now=now: steps() > now, ROUND_LIMIT_S, f"no round after step {now} was committed")
+
+            def grew(before: int = now) -> bool:
+                return steps() > before
+
+            swarm.wait(grew, ROUND_LIMIT_S, f"no round after step {now} was committed")
 
     if settings.kill:
         wait_for(max(1, int(settings.rounds * KILL_AT)))

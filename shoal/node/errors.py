@@ -101,7 +101,7 @@ def _explain_one(error: BaseException) -> ShoalError | None:
         case _ if type(error).__name__ == "ExportError" and _full(error.__context__):
             return ShoalError(
                 ExitCode.NO_SPACE,
-                f"no space left for the export: {error}",
+                f"{str(error).split(': ')[0]}: no space left for the export; nothing was left there",
                 "free some space or name a directory on another disk",
             )
         case _ if type(error).__name__ in swarm_errors and type(error).__module__.startswith("shoal.swarm"):

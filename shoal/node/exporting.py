@@ -121,6 +121,9 @@ async def _observe(
             )
 
         states = await _newest(history, entrance, collect)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     written = await asyncio.to_thread(export_hf, manifest, states, target)
     return {"export_dir": str(written), "step": history.head.step, "round": history.head.round, "run": spec.run}
 

@@ -29,6 +29,7 @@ def quiet_libraries() -> None:
     for name in ("hivemind", "asyncio", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("HIVEMIND_LOGLEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HIVEMIND_MEMORY_SHARING_STRATEGY", "file_descriptor")
 
 

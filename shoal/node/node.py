@@ -134,7 +134,8 @@ class Node:
         stack.push_async_callback(self.disk.aclose)
         events = EventFile(self.settings.events)
         stack.callback(events.close)
-        for sink in (self.projection, self.metrics, events, *self._sinks):
+        sinks: tuple[Sink, ...] = (self.projection, self.metrics, events, *self._sinks)
+        for sink in sinks:
             self.bus.subscribe(sink)
         chaos = injection(os.environ)
         if chaos is not None:
@@ -456,13 +457,14 @@ class Node:
         leave = asyncio.ensure_future(self._peer.leave(self.settings.drain_s))
         again = asyncio.ensure_future(self._stop.wait())
         try:
-            await asyncio.wait({leave, again, work}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {leave, again, work}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             left = leave.done() and not leave.cancelled() and leave.result()
             return ExitCode.OK if left else ExitCode.DRAIN_TIMED_OUT
         finally:
             for task in (leave, again):
                 task.cancel()
-            await asyncio.wait({leave, again})
+            await asyncio.wait(waiting - {work})
 
     async def _announce(self) -> None:
         """For ever: publish our record, and remember who else is there."""

@@ -61,9 +61,7 @@ def _mix(x: Uint64s) -> Uint64s:
 @lru_cache(maxsize=64)
 def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
     text = f"shoal data permutation {seed} {epoch}".encode()
-    raw = b"".join(
-        hashlib.blake2b(text + bytes([half]), digest_size=_FEISTEL_ROUNDS * 4).digest() for half in range(2)
-    )
+    raw = b"".join(hashlib.blake2b(text + bytes([half]), digest_size=_FEISTEL_ROUNDS * 4).digest() for half in range(2))
     return tuple(np.uint64(int.from_bytes(raw[8 * i : 8 * i + 8], "little")) for i in range(_FEISTEL_ROUNDS))
 
 

@@ -6,15 +6,14 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from shoal.node.exit_codes import ExitCode
@@ -146,6 +145,10 @@ def test_export_to_a_full_disk_says_so_and_leaves_nothing(swarm: SmallSwarm, cap
         assert list((tmp_path / "disk").iterdir()) == []
 
 
+def states(swarm: SmallSwarm, name: str) -> list[str]:
+    return [s.event.new for s in swarm.nodes[name].of(LifecycleChanged)]  # type: ignore[attr-defined]
+
+
 # --- joining late, leaving -------------------------------------------------------------------------------------------
 def member(swarm: SmallSwarm, capfd: Capture, name: str) -> dict[str, Any] | None:
     """What the coordinator says about a node."""
@@ -169,8 +172,7 @@ def test_volunteers_without_the_runs_data_serve_and_do_not_feed_and_signals_end_
         assert node.of(MicrobatchFinished) == []
 
     assert swarm.terminate("other-data") == ExitCode.OK
-    states = [s.event.new for s in swarm.nodes["other-data"].of(LifecycleChanged)]  # type: ignore[attr-defined]
-    assert states[-2:] == ["draining", "left"]
+    assert states(swarm, "other-data")[-2:] == ["draining", "left"]
     at = swarm.steps()
     swarm.wait_for_step(at + 2)
     assert not NodeSettings(directory(swarm, "other-data")).running.exists()
@@ -207,13 +209,23 @@ def test_killing_the_bootstrap_peer_does_not_stop_training_and_it_catches_up_whe
     assert swarm.terminate("coordinator") == ExitCode.OK
 
 
-def test_after_sigkill_of_any_node_no_child_of_it_is_left(swarm: SmallSwarm) -> None:
+def test_a_drain_waits_for_an_entry_and_a_second_signal_ends_it_at_once_and_nothing_is_left(
+    swarm: SmallSwarm,
+) -> None:
+    """With v2 killed there is no majority, so no entry can leave v1 out."""
+    swarm.poll()
     for name in ("v1", "v2"):
-        swarm.poll()
-        family = list(swarm.nodes[name].family)
-        assert any(p.is_running() and p.name().startswith("p2pd") for p in family)
-        swarm.kill(name)
-        assert swarm.nodes[name].process.returncode == -signal.SIGKILL
-        psutil.wait_procs(family, timeout=5)
-        assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
+        assert any(p.name().startswith("p2pd") for p in swarm.nodes[name].family if p.is_running())
+    swarm.kill("v2")
+    assert swarm.orphans() == []
+    node = swarm.nodes["v1"]
+    node.killed_at_s = time.time()
+    node.process.terminate()
+    swarm.wait(lambda: "draining" in states(swarm, "v1"), 30.0, "v1 does not drain")
+    time.sleep(1.0)
+    assert node.process.poll() is None
+    start = time.monotonic()
+    assert swarm.terminate("v1") == ExitCode.DRAIN_TIMED_OUT
+    assert time.monotonic() - start < 15
+    assert states(swarm, "v1")[-1] == "left"
     assert swarm.orphans() == []

@@ -113,9 +113,9 @@ def test_a_second_death_during_the_repair_of_the_first_changes_nothing(
     second_death: tuple[str, Victim, Fate], seed: int
 ) -> None:
     point, victim, fate = second_death
-    number = seed_of(f"{point} {victim} {fate}", seed)
+    first = seed_of(f"{point} {victim} {fate}", seed)
 
-    async def main() -> None:
+    async def main(number: int) -> bool:
         # a server dies again and again, and replies get lost: so there are holes, and microbatches on two servers
         link = Link(lose_reply=0.15)
         async with World(stages=2 + number % 2, servers=3, feeders=2, seed=number % 8, link=link) as world:
@@ -129,11 +129,12 @@ def test_a_second_death_during_the_repair_of_the_first_changes_nothing(
                 reach(world, KILL_POINTS["backward in flight"], one_dies, count=3, since_step=step)
             second = kill_at(world, REPAIR_POINTS[point], victim, fate, since_step=3)
             await world.run_rounds(ROUNDS, limit_s=LIMIT_S)
-            assert second, f"nobody reached the point\n{world.describe()}"
             world.verify(ROUNDS)
+            return bool(second)
 
-    print(f"seed {number}")
-    run_virtual(main())
+    print(f"seeds from {first}")
+    # such a moment is rare: the next seeds are tried until one has it
+    assert any(run_virtual(main(first + i)) for i in range(8)), "nobody reached the point"
 
 
 def test_kill_points_of_the_design_are_all_here() -> None:

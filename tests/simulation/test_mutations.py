@@ -149,11 +149,11 @@ def test_a_partial_reduction_is_noticed(monkeypatch: pytest.MonkeyPatch, seed: i
 def test_a_gradient_applied_twice_is_noticed(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     original = StageServer.apply
 
-    async def twice(self: StageServer, gradient: Tensor, samples: int) -> None:
+    async def twice(self: StageServer, gradient: Tensor, samples: int, origin: str) -> None:
         assert self.program is not None
         if self.step == LAST:
             self.program.apply(gradient, samples)
-        await original(self, gradient, samples)
+        await original(self, gradient, samples, origin)
 
     monkeypatch.setattr(StageServer, "apply", twice)
     outcome = run(seed)

@@ -54,9 +54,7 @@ def model(architecture: str, stages: int, dtype: str = "float64", **changes: Any
 
 
 def stages_of(settings_: SimpleNamespace, seed: int = 3) -> list[Stage]:
-    return [
-        build_module(settings_, i, seed=seed, sequence_length=12).eval() for i in range(settings_.stages)
-    ]
+    return [build_module(settings_, i, seed=seed, sequence_length=12).eval() for i in range(settings_.stages)]
 
 
 def named(stages: list[Stage]) -> dict[str, torch.Tensor]:

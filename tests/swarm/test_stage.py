@@ -32,9 +32,7 @@ def manifest(
         {
             "name": "tiny",
             "seed": seed,
-            "model": {
-                "architecture": architecture, "stages": stages, "dtype": dtype, "config": {**small, **config}
-            },
+            "model": {"architecture": architecture, "stages": stages, "dtype": dtype, "config": {**small, **config}},
             "data": {"sequence_length": 16},
             "optimizer": {"learning_rate": 1e-2},
         }
@@ -86,9 +84,7 @@ def test_the_same_microbatch_gives_the_same_bits() -> None:
 
 
 def test_dropout_is_the_microbatchs_own_and_recomputation_sees_it() -> None:
-    settings = manifest(
-        2, "gpt2", dtype="float64", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, n_positions=16
-    )
+    settings = manifest(2, "gpt2", dtype="float64", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, n_positions=16)
     first, second = (build_stage(settings, i) for i in range(2))
     x, labels = tokens()
     torch.manual_seed(1)

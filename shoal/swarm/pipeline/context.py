@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from shoal.swarm.pipeline.messages import Methods, Round
 from shoal.swarm.pipeline.roles import Shape
 
 T = TypeVar("T")
+CodecName = Literal["none", "fp16", "blockwise8"]
 _UNFINISHED: set[asyncio.Task[Any]] = set()  # the loop itself keeps only weak references
 RunInThread = Callable[..., Awaitable[Any]]
 
@@ -54,8 +55,8 @@ class Spec:
     rounds: int  # the run ends after this many steps; 0: never
     snapshot_every: int
     servers_per_stage: int  # the first round waits for this many ready servers in each stage
-    activation_codec: str = "none"
-    gradient_codec: str = "none"
+    activation_codec: CodecName = "none"
+    gradient_codec: CodecName = "none"
     max_body_bytes: int = 64 * 1024 * 1024
     max_buckets: int = 4
     max_queue: int = 64

@@ -8,12 +8,20 @@ one call where the feeder still has them; it is bounded and may be dropped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from shoal.protocol.codecs import encode, pack, unpack
 from shoal.protocol.deadlines import Deadline
-from shoal.protocol.events import HoleRepaired, MicrobatchFinished, MicrobatchRetried, MicrobatchStarted, Reason
+from shoal.protocol.events import (
+    HoleRepaired,
+    MicrobatchFinished,
+    MicrobatchRetried,
+    MicrobatchStarted,
+    Problem,
+    Reason,
+)
 from shoal.protocol.runlog import Entry
 from shoal.protocol.sampling import beacon_for, order
 from shoal.protocol.transport import CallError, Method, Refused, Reply, Request, Unanswered
@@ -57,6 +65,7 @@ class Feeder:
             for stage in range(stages)
             for call in (context.calls.forward, context.calls.backward)
         }
+        self._diverged: Round | None = None  # the last round in which every server refused a microbatch as not finite
         self.fed: Round | None = None  # the last round whose share this feeder finished
         self._cache: OrderedDict[tuple[Round, int], _Boundaries] = OrderedDict()
 
@@ -99,12 +108,10 @@ class Feeder:
         message = FeederDone(at=where, microbatches=microbatches)
 
         async def tell(peer: str) -> None:
-            try:
+            with contextlib.suppress(CallError):  # the leader looks after feeders that it does not hear from
                 await self._context.transport.call(
                     peer, self._context.calls.feeder_done, message, timeout_s=self._context.patience.pong_s
                 )
-            except CallError:
-                pass  # the leader looks after feeders that it does not hear from
 
         async with asyncio.TaskGroup() as group:
             for peer in head.committee:
@@ -171,9 +178,7 @@ class Feeder:
         if stage > 0:
             known.dy[stage - 1] = dx
 
-    async def _call(
-        self, work: Work, x: bytes, second: bytes | None, prefer: str | None
-    ) -> tuple[bytes, float, str]:
+    async def _call(self, work: Work, x: bytes, second: bytes | None, prefer: str | None) -> tuple[bytes, float, str]:
         """Send one piece of work until a server has done it. Returns (encoded result, loss, server).
 
         Raises RoundOver. An answer that never came may have had its effect: the next attempt says so.
@@ -199,12 +204,25 @@ class Feeder:
                 if isinstance(error, Unanswered):
                     attempt += 1
                 failures += 1
-                self._context.emit(
-                    MicrobatchRetried(work.at.round, work.microbatch, work.stage, choice, error.reason)
-                )
+                self._notice_divergence(work, error, failures)
+                self._context.emit(MicrobatchRetried(work.at.round, work.microbatch, work.stage, choice, error.reason))
                 await self._back_off(work.at, failures - 1)
                 continue
             return parts, loss, choice
+
+    def _notice_divergence(self, work: Work, error: CallError, failures: int) -> None:
+        """One server's NaN is that server's trouble; everybody's is the run's. Told once a round."""
+        if error.reason is not Reason.NOT_FINITE or failures <= len(self._history.head.servers(work.stage)):
+            return
+        if self._diverged != work.at:
+            self._diverged = work.at
+            self._context.emit(
+                Problem(
+                    Reason.NOT_FINITE,
+                    f"microbatch {work.microbatch} gives NaN or infinity on every server: the run has diverged",
+                    "start a new run with a lower learning rate or a warm-up",
+                )
+            )
 
     async def _send(
         self, router: Router, peer: str, call: Method[Work, Computed], work: Work, body: bytes
@@ -269,13 +287,9 @@ class Feeder:
                 if stage - 1 not in known.dy:
                     await self._backward(where, known, hole.microbatch, stage, accumulate=False)
         await self._forward_to(where, known, hole.microbatch, hole.stage)
-        work = Work(
-            at=where, stage=hole.stage, microbatch=hole.microbatch, plan=plan, attempt=1, accumulate=True
-        )
+        work = Work(at=where, stage=hole.stage, microbatch=hole.microbatch, plan=plan, attempt=1, accumulate=True)
         body = pack([known.x[hole.stage], known.dy.get(hole.stage, known.labels)])
-        parts, loss = await self._send(
-            self._routers[hole.stage], hole.server, self._context.calls.backward, work, body
-        )
+        parts, loss = await self._send(self._routers[hole.stage], hole.server, self._context.calls.backward, work, body)
         self._keep(known, hole.stage, parts, loss)
         self._context.emit(HoleRepaired(where.round, plan, hole.stage, hole.microbatch))
 
@@ -285,4 +299,3 @@ class Feeder:
 
 
 _PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 0.2, Reason.WRONG_STAGE: 0.2}
-

@@ -21,7 +21,6 @@ from shoal.protocol.events import (
     ProposalFailed,
     Reason,
     RoundFrozen,
-    WaitingForQuorum,
 )
 from shoal.protocol.events import StageUncovered as StageUncoveredEvent
 from shoal.protocol.runlog import (
@@ -34,18 +33,15 @@ from shoal.protocol.runlog import (
     Reconfigure,
     Rollback,
     StageCommit,
-    Vote,
-    majority,
 )
 from shoal.protocol.sampling import beacon_for, next_beacon, order
-from shoal.protocol.transport import CallError, Empty, Message, Method, Refused, Reply, Request
+from shoal.protocol.transport import Empty, Reply, Request
 from shoal.swarm.pipeline.acceptor import Acceptor
+from shoal.swarm.pipeline.asking import Asker
 from shoal.swarm.pipeline.context import Context
 from shoal.swarm.pipeline.decide import StageState, needs_rollback, next_pins, survey, uncovered
 from shoal.swarm.pipeline.history import History
 from shoal.swarm.pipeline.messages import (
-    Accept,
-    AcceptVote,
     Adopt,
     Contribution,
     Discard,
@@ -55,14 +51,13 @@ from shoal.swarm.pipeline.messages import (
     Learn,
     Ping,
     Pong,
-    Prepare,
     PreparedReport,
-    Promise,
     Reduce,
     Repair,
     Report,
     Round,
 )
+from shoal.swarm.pipeline.proposer import Proposer
 from shoal.swarm.pipeline.roles import next_members
 
 RETRY_S = 0.1  # between two attempts to decide the same round
@@ -85,7 +80,8 @@ class Leader:
     ) -> None:
         self._context = context
         self._history = history
-        self._acceptor = acceptor
+        self._asker = Asker(context, history)
+        self._proposer = Proposer(context, history, acceptor, self._asker)
         self._joiners = joiners
         self._leaving = leaving
         self._done: dict[str, FeederDone] = {}
@@ -172,10 +168,8 @@ class Leader:
         return feeder in self._fed or (done is not None and done.at == where)
 
     async def _ping(self, peers: Sequence[str]) -> dict[str, Pong]:
-        return await self._ask(peers, self._context.calls.ping, self._ping_of, self._context.patience.pong_s)
-
-    def _ping_of(self, _: str) -> Ping:
-        return Ping(run=self._context.spec.run)
+        ping = Ping(run=self._context.spec.run)
+        return (await self._asker.ask(peers, self._context.calls.ping, lambda _: ping)).headers
 
     # --- one attempt ------------------------------------------------------------------------------------------------
     async def _attempt(self, where: Round, rank: int, plan: int) -> bool:
@@ -185,7 +179,7 @@ class Leader:
             (m.peer for m in head.members), head.run, where.round, beacon_for(self._history.chain, where.round)
         )
         reports = await self._freeze(where, plan, ranked)
-        states = survey(spec.shape.stages, spec.microbatches, reports, ranked)
+        states = survey(spec.shape.stages, spec.microbatches, reports, ranked, plan // paxos.RANKS)
         missing = uncovered(states)
         if missing:
             return await self._cover(where, rank, reports, missing)
@@ -207,17 +201,19 @@ class Leader:
         return all(r.ready or r.stage is None for r in reports.values()) and all(s.servers for s in states)
 
     async def _freeze(self, where: Round, plan: int, peers: Sequence[str]) -> dict[str, Report]:
-        """Reports of those that answer. Raises Outbid if anybody says FROZEN: who does is alive, and must not be
-        taken for away."""
+        """Reports of those that answer; the silent are asked twice: a lost reply must not cost a member its place.
+        Raises Outbid if anybody says FROZEN: who does is alive, and must not be taken for away."""
         started = self._context.now()
-        refusals: dict[str, Reason] = {}
         freeze = Freeze(at=where, plan=plan)
-        replies = await self._ask_bodies(
-            peers, self._context.calls.freeze, lambda _: freeze, self._context.patience.freeze_s, refusals=refusals
-        )
-        if Reason.FROZEN in refusals.values():
+        answers = await self._asker.ask(peers, self._context.calls.freeze, lambda _: freeze)
+        if answers.refused(Reason.FROZEN):
             raise Outbid
-        reports = {peer: report for peer, (report, _) in replies.items()}
+        silent = [p for p, e in answers.failures.items() if e.reason is Reason.DEADLINE]
+        again = await self._asker.ask(silent, self._context.calls.freeze, lambda _: freeze)
+        if again.refused(Reason.FROZEN):
+            raise Outbid
+        heard = answers.headers | again.headers
+        reports = {peer: heard[peer] for peer in peers if peer in heard}
         self._context.emit(OperationTimed(Phase.FREEZE, self._context.now() - started))
         self._context.emit(RoundFrozen(where.round, plan, len(reports), len(peers)))
         return reports
@@ -251,11 +247,8 @@ class Leader:
         """Let servers drop what the plan leaves out, then have live feeders replay the holes."""
         started = self._context.now()
         drops = {peer: buckets for s in states if s.plan for peer, buckets in s.plan.discard}
-        await self._ask(
-            list(drops),
-            self._context.calls.discard,
-            lambda peer: Discard(at=where, plan=plan, buckets=drops[peer]),
-            self._context.patience.freeze_s,
+        await self._asker.ask(
+            list(drops), self._context.calls.discard, lambda peer: Discard(at=where, plan=plan, buckets=drops[peer])
         )
         head = self._history.head
         feeders = [p for p in head.feeders() if p in reports] or [
@@ -263,12 +256,12 @@ class Leader:
         ]
         if not feeders:
             return
-        shares = {peer: tuple(holes[i :: len(feeders)]) for i, peer in enumerate(feeders)}
-        await self._ask(
+        turn = plan // paxos.RANKS  # another feeder every time: one that never manages must not keep the last hole
+        shares = {peer: tuple(holes[(i + turn) % len(feeders) :: len(feeders)]) for i, peer in enumerate(feeders)}
+        await self._asker.ask(
             [peer for peer in feeders if shares[peer]],
             self._context.calls.repair,
             lambda peer: Repair(at=where, plan=plan, holes=shares[peer]),
-            self._context.patience.reduce_s,
         )
         self._context.emit(OperationTimed(Phase.REPAIR, self._context.now() - started))
 
@@ -289,13 +282,12 @@ class Leader:
         return results
 
     async def _prepare_stage(self, where: Round, plan: int, state: StageState) -> dict[str, PreparedReport]:
-        timeout = self._context.patience.reduce_s + self._context.patience.pong_s
         if state.prepared is not None:
             report, holders = state.prepared
             held = dict.fromkeys(holders, report)
             lacking = [p for p in state.servers if p not in held]
             adopt = Adopt(at=where, stage=state.stage, prepared=report, donors=holders)
-            held.update(await self._ask(lacking, self._context.calls.adopt, lambda _: adopt, timeout))
+            held.update((await self._asker.ask(lacking, self._context.calls.adopt, lambda _: adopt)).headers)
             return held
         assert state.plan is not None
         chosen = dict(state.plan.chosen)
@@ -307,7 +299,7 @@ class Leader:
             loss_sum=state.plan.loss_sum,
             wasted=state.plan.wasted,
         )
-        replies = await self._ask(state.servers, self._context.calls.reduce, lambda _: message, timeout)
+        replies = (await self._asker.ask(state.servers, self._context.calls.reduce, lambda _: message)).headers
         digests = {report.gradient for report in replies.values()}
         if len(digests) > 1:  # bit-equality is the all-reduce's contract; never decide on top of a breach
             self._context.emit(ProposalFailed(where.round, Reason.DIGEST_MISMATCH))
@@ -373,7 +365,7 @@ class Leader:
             candidate=pins[1],
         )
         started = self._context.now()
-        decided = await self._paxos(where, rank, entry.to_bytes())
+        decided = await self._proposer.decide(where, rank, entry.to_bytes())
         self._context.emit(OperationTimed(Phase.COMMIT, self._context.now() - started))
         if decided is None:
             return False
@@ -390,92 +382,4 @@ class Leader:
         for peer in sorted(before.keys() - after.keys()):
             self._context.emit(MemberDropped(entry.round, peer, Reason.UNREACHABLE))
         listeners = sorted((before.keys() | after.keys() | self._joiners().keys()) - {self._context.me})
-        await self._ask(
-            listeners, self._context.calls.learn, lambda _: Learn(proof=proof), self._context.patience.pong_s, value
-        )
-
-    async def _paxos(self, where: Round, rank: int, own: bytes) -> tuple[bytes, Decided] | None:
-        """Decide the entry of this round: ours, or one that may already have been chosen. None: try again later."""
-        committee = self._history.head.committee
-        others = [p for p in committee if p != self._context.me]
-        need = majority(committee)
-        state = await self._acceptor.state(where)
-        ballot = paxos.next_ballot(max(state.promised, -1), rank)
-        value = own
-        me, calls, timeout = self._context.me, self._context.calls, self._context.patience.paxos_s
-        if ballot > 0:
-            promises: dict[str, tuple[Promise, bytes]] = {}
-            for group in ([me], others):
-                prepare = Prepare(at=where, ballot=ballot)
-                promises |= await self._ask_bodies(group, calls.prepare, lambda _, p=prepare: p, timeout)
-                if me not in promises or not promises[me][0].promised:
-                    return self._failed(where, Reason.OUTVOTED)
-            granted = {p: pb for p, pb in promises.items() if pb[0].promised}
-            if len(granted) < need:
-                return self._no_majority(where, len(promises), need, committee)
-            value = paxos.choose(
-                [paxos.Accepted(p.accepted, body) if p.accepted >= 0 else None for p, body in granted.values()], own
-            )
-        votes: dict[str, Vote] = {}
-        answered = 0
-        for group in ([me], others):
-            accept = Accept(at=where, ballot=ballot)
-            replies: dict[str, AcceptVote] = await self._ask(group, calls.accept, lambda _, a=accept: a, timeout, value)
-            answered += len(replies)
-            votes |= {p: self._acceptor.vote(r, p) for p, r in replies.items() if r.accepted}
-            if me not in votes:
-                return self._failed(where, Reason.OUTVOTED)
-        if len(votes) < need:
-            return self._no_majority(where, answered, need, committee)
-        return value, Decided(ballot=ballot, votes=tuple(votes[p] for p in committee if p in votes))
-
-    def _no_majority(self, where: Round, answered: int, need: int, committee: Sequence[str]) -> None:
-        if answered < need:
-            self._context.emit(WaitingForQuorum(where.round, answered, len(committee)))
-            return None
-        return self._failed(where, Reason.OUTVOTED)
-
-    def _failed(self, where: Round, reason: Reason) -> None:
-        self._context.emit(ProposalFailed(where.round, reason))
-
-    # --- asking many ------------------------------------------------------------------------------------------------
-    async def _ask(
-        self,
-        peers: Sequence[str],
-        method: Method,
-        header: Callable[[str], Message],
-        timeout_s: float,
-        body: bytes = b"",
-    ) -> dict:
-        """Call several peers at once; the reply headers of those that answered, in the order of `peers`."""
-        replies = await self._ask_bodies(peers, method, header, timeout_s, body)
-        return {peer: reply for peer, (reply, _) in replies.items()}
-
-    async def _ask_bodies(
-        self,
-        peers: Sequence[str],
-        method: Method,
-        header: Callable[[str], Message],
-        timeout_s: float,
-        body: bytes = b"",
-        refusals: dict[str, Reason] | None = None,
-    ) -> dict:
-        """The same with bodies. Why some refused goes into `refusals`."""
-        answers: dict[str, tuple[Message, bytes]] = {}
-
-        async def one(peer: str) -> None:
-            try:
-                reply = await self._context.transport.call(peer, method, header(peer), body, timeout_s=timeout_s)
-            except CallError as error:
-                if isinstance(error, Refused):
-                    if refusals is not None:
-                        refusals[peer] = error.reason
-                    if error.reason is Reason.STALE:
-                        await self._history.pull(peer)
-                return
-            answers[peer] = (reply.header, reply.body)
-
-        async with asyncio.TaskGroup() as group:
-            for peer in peers:
-                group.create_task(one(peer))
-        return {peer: answers[peer] for peer in peers if peer in answers}
+        await self._asker.ask(listeners, self._context.calls.learn, lambda _: Learn(proof=proof), value)

@@ -43,7 +43,7 @@ class Work(Message):
 
 
 class Computed(Message):
-    """loss: sum over samples (last stage), 0 elsewhere; samples in the microbatch. Body: y, or dx (empty at stage 0)."""
+    """loss: sum over the microbatch's samples (last stage), 0 elsewhere. Body: y, or dx (empty at stage 0)."""
 
     loss: float
     accumulated: bool
@@ -60,7 +60,7 @@ Microbatches = Annotated[tuple[int, ...], Field(max_length=MAX_MICROBATCHES)]
 class BucketReport(Message):
     id: Small
     microbatches: Microbatches
-    loss_sum: float
+    loss_sum: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class PreparedReport(Message):
@@ -68,7 +68,7 @@ class PreparedReport(Message):
 
     gradient: Hex
     plan: Count
-    loss_sum: float
+    loss_sum: Annotated[float, Field(allow_inf_nan=False)]
     wasted: Count = 0
 
 

@@ -244,4 +244,3 @@ class PipelinePeer:
 
     def joiners(self) -> Mapping[str, Member]:
         return dict(self._joiners)
-

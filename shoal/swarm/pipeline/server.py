@@ -47,7 +47,6 @@ from shoal.swarm.pipeline.messages import (
 )
 from shoal.swarm.stage import StageProgram
 
-
 MAX_BLOB_BYTES = 1 << 38  # a stage's state or gradient; chunks are bounded one by one
 
 
@@ -62,6 +61,9 @@ class _RoundWork:
     # grouping, so who computed what leaves no trace in the parameters
     sums: dict[int, Tensor] = field(default_factory=dict)
     prepared: dict[str, PreparedReport] = field(default_factory=dict)  # gradient digest -> report
+    totals: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # reduced gradients made here, so that none is read back
     reduced: dict[int, str] = field(default_factory=dict)  # plan -> key of the reduction that was asked of us
 
 
@@ -74,6 +76,7 @@ class StageServer:
         self._allreduce = allreduce
         self.program: StageProgram | None = None
         self.step = -1  # optimizer steps in the program's state
+        self.origin = ""  # digest of the commit that the state follows: which history it belongs to
         self.stuck = False
         self.snapshots: dict[tuple[int, int], str] = {}  # (step, stage) -> digest of what this node holds
         self._work: _RoundWork | None = None
@@ -100,33 +103,35 @@ class StageServer:
     @property
     def ready(self) -> bool:
         """Is the state of the stage that the log gives us loaded and at the log's step?"""
-        program = self.program
-        return program is not None and program.index == self.stage and self.step == self._history.head.step
+        program, chain = self.program, self._history.chain
+        here = program is not None and program.index == self.stage and self.step == chain.head.step
+        return here and self.origin == chain.commit_digest(chain.head.step)
 
     async def settled(self) -> None:
         """Wait until the state is at the log's step, or the log gives this node no stage."""
         async with self._moved:
             await self._moved.wait_for(lambda: self.ready or self.stage is None)
 
-    async def set_program(self, program: StageProgram | None, step: int) -> None:
+    async def set_program(self, program: StageProgram | None, step: int, origin: str) -> None:
         """Install (or drop) the stage's state. Waits for the computation under way."""
         async with self._computing:
-            self.program, self.step = program, step
+            self.program, self.step, self.origin = program, step, origin
         await self.moved()
 
     async def moved(self) -> None:
         async with self._moved:
             self._moved.notify_all()
 
-    async def apply(self, gradient: Tensor, samples: int) -> None:
-        """One optimizer step on the loaded program: the committed gradient sum (numel,) over `samples` samples."""
+    async def apply(self, gradient: Tensor, samples: int, origin: str) -> None:
+        """One optimizer step on the loaded program: the gradient sum (numel,) over `samples` samples that the commit
+        with the digest `origin` decided."""
         program = self.program
         assert program is not None
 
         async def step() -> None:
             async with self._computing:
                 await self._context.run_in_thread(program.apply, gradient, samples)
-                self.step += 1
+                self.step, self.origin = self.step + 1, origin
 
         await self._context.finish(step())
         await self.moved()
@@ -392,10 +397,14 @@ class StageServer:
     # --- gradients as blobs -------------------------------------------------------------------------------------
     async def _store_gradient(self, total: Tensor) -> str:
         # without a codec the float64 sum itself is what everybody applies; a codec's output fits the stage's own dtype
-        exact = self._context.spec.gradient_codec == "none" or self.program is None
-        dtype = total.dtype if exact else self.program.dtype
+        program = self.program
+        exact = self._context.spec.gradient_codec == "none" or program is None
+        dtype = total.dtype if exact or program is None else program.dtype
         data = await self._context.run_in_thread(lambda: encode(total.to(dtype), "none"))
-        return await self._context.blobs.put(data)
+        digest = await self._context.blobs.put(data)
+        if self._work is not None:
+            self._work.totals = {digest: total.to(dtype)}
+        return digest
 
     async def fetch_blob(self, digest: str, donors: list[str]) -> FetchResult | None:
         """See `have_blob`."""
@@ -403,6 +412,8 @@ class StageServer:
 
     async def gradient(self, digest: str) -> Tensor:
         """The reduced gradient sum (numel,), from this disk. Raises Refused(NOT_FOUND)."""
+        if self._work is not None and digest in self._work.totals:
+            return self._work.totals[digest]
         data = await self._context.blobs.get(digest)
         if data is None or self.program is None:
             raise Refused(Reason.NOT_FOUND, digest)

@@ -252,10 +252,10 @@ class StateKeeper:
         """Let go of a state of another history: it must not look ready when the log comes by its step again."""
         self._have = None
         if self._server.program is not None:
-            await self._server.set_program(None, -1)
+            await self._server.set_program(None, -1, "")
 
     async def _install(self, program: StageProgram, have: Have) -> None:
-        await self._server.set_program(program, have.step)
+        await self._server.set_program(program, have.step, have.history)
         self._have = have
 
     async def _load(self, stage: int, step: int, digest: str) -> None:
@@ -286,7 +286,7 @@ class StateKeeper:
         self._fetched(await self._server.fetch_blob(action.gradient, [p for p in donors if p != self._context.me]))
         gradient = await self._server.gradient(action.gradient)
         started = self._context.now()
-        await self._server.apply(gradient, action.samples)
+        await self._server.apply(gradient, action.samples, history)
         self._have = Have(action.stage, action.step, history)
         seconds = self._context.now() - started
         self._context.emit(StepApplied(self._history.head.round, action.step, action.stage, source, seconds))

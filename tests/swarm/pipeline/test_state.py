@@ -287,7 +287,7 @@ class _Server:
         self.snapshots: dict[tuple[int, int], str] = {}
         self.meanwhile: list[Any] = []
 
-    async def set_program(self, program: Any, step: int) -> None:
+    async def set_program(self, program: Any, step: int, origin: str) -> None:
         self.program, self.step = program, step
 
     async def fetch_blob(self, digest: str, donors: list[str]) -> None:
@@ -297,7 +297,7 @@ class _Server:
     async def gradient(self, digest: str) -> str:
         return digest
 
-    async def apply(self, gradient: str, samples: int) -> None:
+    async def apply(self, gradient: str, samples: int, origin: str) -> None:
         self.program.append(gradient)
         self.step += 1
 
