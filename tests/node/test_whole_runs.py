@@ -96,7 +96,7 @@ def test_the_readmes_three_terminals(tmp_path: Path, capfd: Capture, terminals: 
     one = terminals.start("join", "runs/coordinator/invite", "--dir", "runs/volunteer-1", *options)
     two = terminals.start("join", invite, "--dir", "runs/volunteer-2", *options, "--plain")
     for process in (coordinator, one, two):
-        terminals.until(process, r"step 2\b", 120.0)
+        terminals.until(process, r"step +2\b", 60.0)
     answer = run_here(capfd, "export", tmp_path / "model", "--dir", tmp_path / "runs/coordinator")
     assert answer.code == 0, answer.err
     from transformers import AutoModelForCausalLM

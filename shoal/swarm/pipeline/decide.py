@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,9 +51,8 @@ def _survey_stage(
     known: dict[str, PreparedReport] = {}
     for peer in servers:
         for prepared in reports[peer].prepared:
-            if math.isfinite(prepared.loss_sum):
-                holders.setdefault(prepared.gradient, set()).add(peer)
-                known.setdefault(prepared.gradient, prepared)
+            holders.setdefault(prepared.gradient, set()).add(peer)
+            known.setdefault(prepared.gradient, prepared)
     if holders:
         best = min(holders, key=lambda digest: (-len(holders[digest]), digest))
         return StageState(stage, servers, (known[best], tuple(p for p in servers if p in holders[best])), None)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from shoal.protocol.codecs import encode, pack, unpack
 from shoal.protocol.deadlines import Deadline
@@ -27,10 +29,11 @@ from shoal.protocol.sampling import beacon_for, order
 from shoal.protocol.transport import CallError, Method, Refused, Reply, Request, Unanswered
 from shoal.swarm.pipeline.context import BatchSource, Context
 from shoal.swarm.pipeline.history import History
-from shoal.swarm.pipeline.messages import Computed, FeederDone, Hole, Repair, Repaired, Round, Work
+from shoal.swarm.pipeline.messages import Computed, FeederDone, Hole, Ping, Repair, Repaired, Round, Work
 from shoal.swarm.pipeline.roles import microbatches_of
 from shoal.swarm.pipeline.router import Router
 
+T = TypeVar("T")
 CACHED_MICROBATCHES = 64
 OVER = frozenset({Reason.STALE, Reason.FROZEN, Reason.WRONG_RUN, Reason.AHEAD})  # this round takes no more work from us
 BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
@@ -85,24 +88,50 @@ class Feeder:
         )
         mine = list(microbatches_of(self._context.me, feeders, self._context.spec.microbatches))
         self._update_routers(head)
-        servers = sum(len(head.servers(s)) for s in range(self._context.spec.shape.stages))
-        window = max(2, -(-2 * servers // max(1, len(feeders))))
-        queue = mine[::-1]
-
-        async def worker() -> None:
-            while queue:
-                await self._drive(where, head, queue.pop())
-
         over = False
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(window, len(mine))):
-                    group.create_task(worker())
+            if head.decision.kind != "commit":  # who served a moment ago serves now; newcomers still load their state
+                await self._await_servers(where, head)
+            await self._in_parallel(head, mine, lambda microbatch: self._drive(where, head, microbatch))
         except* RoundOver:
             over = True
         if not over:
             self.fed = where
             await self._report(where, head, tuple(mine))
+
+    async def _in_parallel(
+        self, head: Entry, items: Sequence[T], work: Callable[[T], Coroutine[Any, Any, None]]
+    ) -> None:
+        """`work` on all items, a window at a time: enough to keep our share of the servers busy, with one waiting."""
+        servers = sum(len(head.servers(s)) for s in range(self._context.spec.shape.stages))
+        window = max(2, -(-2 * servers // max(1, len(head.feeders()))))
+        queue = list(items)[::-1]
+
+        async def worker() -> None:
+            while queue:
+                await work(queue.pop())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(window, len(queue))):
+                group.create_task(worker())
+
+    async def _await_servers(self, where: Round, head: Entry) -> None:
+        """Until every stage has a server that is ready. Raises RoundOver when the round ends before."""
+        calls, patience = self._context.calls, self._context.patience
+        for stage in range(self._context.spec.shape.stages):
+            looks = 0
+            while True:
+                for peer in head.servers(stage):
+                    with contextlib.suppress(CallError):
+                        ping = Ping(run=self._context.spec.run)
+                        reply = await self._context.transport.call(peer, calls.ping, ping, timeout_s=patience.pong_s)
+                        if reply.header.ready and reply.header.stage == stage:
+                            break
+                else:
+                    await self._back_off(where, looks)
+                    looks += 1
+                    continue
+                break
 
     async def _report(self, where: Round, head: Entry, microbatches: tuple[int, ...]) -> None:
         message = FeederDone(at=where, microbatches=microbatches)
@@ -269,12 +298,14 @@ class Feeder:
             raise Refused(Reason.MALFORMED, "no such microbatch")
         self._update_routers(head)
         done = 0
-        for hole in order_.holes:
-            try:
+
+        async def fill(hole: Hole) -> None:
+            nonlocal done
+            with contextlib.suppress(CallError, RoundOver):  # the next freeze shows it as a hole again
                 await self._fill(order_.at, head, order_.plan, hole)
                 done += 1
-            except (CallError, RoundOver):
-                continue  # the next freeze shows it as a hole again
+
+        await self._in_parallel(head, order_.holes, fill)
         return Reply(Repaired(done=done))
 
     async def _fill(self, where: Round, head: Entry, plan: int, hole: Hole) -> None:
@@ -298,4 +329,4 @@ class Feeder:
             del self._cache[key]
 
 
-_PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 0.2, Reason.WRONG_STAGE: 0.2}
+_PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 2.0, Reason.WRONG_STAGE: 2.0}

@@ -153,7 +153,7 @@ class Leader:
             for member in head.members:
                 misses[member.peer] = 0 if member.peer in pongs else misses.get(member.peer, 0) + 1
             for stage in stages:
-                works = any(p.ready and p.stage == stage and p.round == where.round for p in pongs.values())
+                works = any(p.stage == stage and not p.stuck for p in pongs.values())  # or will, once it has synced
                 idle[stage] = 0 if works else idle.get(stage, 0) + 1
             if max(idle.values()) >= self._limit:
                 return

@@ -205,12 +205,13 @@ class Ping(Message):
 
 
 class Pong(Message):
-    """round: the round the peer is in; leading: it drives this round; ready: its stage can work; fed: it has fed its
-    share of this round."""
+    """round: the round the peer is in; leading: it drives this round; ready: its stage can work; stuck: nobody has the
+    state that it needs; fed: it has fed its share of this round."""
 
     round: Count
     leading: bool
     ready: bool
+    stuck: bool
     fed: bool
     stage: Small | None
 

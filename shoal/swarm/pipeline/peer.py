@@ -168,6 +168,7 @@ class PipelinePeer:
                 round=where.round,
                 leading=self.leader.leading == where,
                 ready=self.server.ready,
+                stuck=self.server.stuck,
                 fed=self.feeder.fed == where,
                 stage=self.server.stage,
             )

@@ -61,9 +61,7 @@ class _RoundWork:
     # grouping, so who computed what leaves no trace in the parameters
     sums: dict[int, Tensor] = field(default_factory=dict)
     prepared: dict[str, PreparedReport] = field(default_factory=dict)  # gradient digest -> report
-    totals: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # reduced gradients made here, so that none is read back
+    totals: dict[str, Tensor] = field(default_factory=dict)  # reduced gradients made here, so that none is read back
     reduced: dict[int, str] = field(default_factory=dict)  # plan -> key of the reduction that was asked of us
 
 
