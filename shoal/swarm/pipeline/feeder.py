@@ -329,4 +329,4 @@ class Feeder:
             del self._cache[key]
 
 
-_PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 2.0, Reason.WRONG_STAGE: 2.0}
+_PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 0.2, Reason.WRONG_STAGE: 0.2}

@@ -123,6 +123,10 @@ def _snapshot_key(step: int, stage: int) -> str:
     return f"snapshot/{step:012d}-{stage:04d}"
 
 
+class _Superseded(Exception):
+    """The log asks for another action than the one under way."""
+
+
 @dataclass(slots=True)
 class _Sync:
     """What a catch-up has cost so far."""
@@ -165,12 +169,24 @@ class StateKeeper:
                 self._origins[where] = str(record["origin"])
 
     async def run(self) -> None:
-        """For ever: catch up, then wait for the next entry."""
+        """For ever: catch up after every entry, and beside that keep what others may ask for."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow())
+            group.create_task(self._keep_house())
+
+    async def _follow(self) -> None:
         while True:
             round_ = self._history.head.round
             self.idle.clear()
             await self.catch_up()
             self.idle.set()
+            if self._history.head.round == round_:
+                await self._history.beyond(round_)
+
+    async def _keep_house(self) -> None:
+        """Beside the catching up, which must not wait for somebody else's snapshot."""
+        while True:
+            round_ = self._history.head.round
             await self._keep_pinned()
             await self._forget()
             if self._history.head.round == round_:
@@ -179,20 +195,48 @@ class StateKeeper:
     async def catch_up(self) -> None:
         while True:
             await self._prune()
-            stage = self._server.stage
-            chain = self._history.chain
-            mine = {
-                step: digest
-                for (step, s), digest in self._server.snapshots.items()
-                if s == stage and self._origins.get((step, s)) == chain.commit_digest(step)
-            }
-            action = next_action(chain, stage, self._have, mine, self._context.blobs.digests())
+            action = self._next()
             try:
                 if await self._do(action):
                     return
                 self._server.stuck = False
+            except _Superseded:
+                self._server.stuck = False
             except Refused as refusal:
                 await self._stuck(action, refusal)
+
+    def _next(self) -> Action:
+        stage, chain = self._server.stage, self._history.chain
+        mine = {
+            step: digest
+            for (step, s), digest in self._server.snapshots.items()
+            if s == stage and self._origins.get((step, s)) == chain.commit_digest(step)
+        }
+        return next_action(chain, stage, self._have, mine, self._context.blobs.digests())
+
+    async def _get(self, action: Action, digest: str, donors: list[str]) -> None:
+        """Have the blob that an action needs. Raises Refused(NOT_FOUND), or _Superseded once the log asks for another
+        action: nobody may have the state of a history that was rolled back, and looking for it takes long."""
+        if self._context.blobs.has(digest):
+            return
+        fetching = asyncio.ensure_future(
+            self._server.fetch_blob(digest, [peer for peer in donors if peer != self._context.me])
+        )
+        try:
+            while True:
+                grown = asyncio.ensure_future(self._history.beyond(self._history.head.round))
+                try:
+                    await asyncio.wait([fetching, grown], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    grown.cancel()
+                if fetching.done():
+                    self._fetched(fetching.result())
+                    return
+                if self._next() != action:
+                    raise _Superseded
+        finally:
+            fetching.cancel()
+            await asyncio.wait([fetching])
 
     async def _prune(self) -> None:
         """Let go of snapshots that are not of the current history: rolled back, or unlike the pinned one."""
@@ -239,11 +283,11 @@ class StateKeeper:
                 await self._unload()
                 program = await self._context.run_in_thread(self._build, stage)
                 await self._install(program, Have(stage, 0, self._history.chain.commit_digest(0)))
-            case Load(stage, step, digest):
-                self._started_sync(stage)
-                if self._have is None or step <= self._have.step:
+            case Load():
+                self._started_sync(action.stage)
+                if self._have is None or action.step <= self._have.step:
                     await self._unload()
-                await self._load(stage, step, digest)
+                await self._load(action)
             case Apply():
                 await self._apply(action)
         return False
@@ -258,22 +302,23 @@ class StateKeeper:
         await self._server.set_program(program, have.step, have.history)
         self._have = have
 
-    async def _load(self, stage: int, step: int, digest: str) -> None:
+    async def _load(self, action: Load) -> None:
         head = self._history.head
-        have = Have(stage, step, self._history.chain.commit_digest(step))  # now: the log may roll back meanwhile
-        donors = [*head.servers(stage), *(m.peer for m in head.members if m.stage != stage)]
-        self._fetched(await self._server.fetch_blob(digest, [p for p in donors if p != self._context.me]))
-        data = await self._context.blobs.get(digest)
+        origin = self._history.chain.commit_digest(action.step)  # now: the log may roll back meanwhile
+        have = Have(action.stage, action.step, origin)
+        donors = [*head.servers(action.stage), *(m.peer for m in head.members if m.stage != action.stage)]
+        await self._get(action, action.digest, donors)
+        data = await self._context.blobs.get(action.digest)
         if data is None:
-            raise Refused(Reason.NOT_FOUND, digest)
+            raise Refused(Reason.NOT_FOUND, action.digest)
 
         def load() -> StageProgram:
-            program = self._build(stage)
+            program = self._build(action.stage)
             program.load_state(decode_state(data, max_bytes=len(data)))
             return program
 
         program = await self._context.run_in_thread(load)
-        await self._remember(have, digest)
+        await self._remember(have, action.digest)
         await self._install(program, have)
 
     async def _apply(self, action: Apply) -> None:
@@ -283,7 +328,7 @@ class StateKeeper:
         head = self._history.head
         history = self._history.chain.commit_digest(action.step)  # now: the log may roll back meanwhile
         donors = [*action.holders, *(p for p in head.servers(action.stage) if p not in action.holders)]
-        self._fetched(await self._server.fetch_blob(action.gradient, [p for p in donors if p != self._context.me]))
+        await self._get(action, action.gradient, donors)
         gradient = await self._server.gradient(action.gradient)
         started = self._context.now()
         await self._server.apply(gradient, action.samples, history)

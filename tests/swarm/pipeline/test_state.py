@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 from types import SimpleNamespace
@@ -326,6 +327,11 @@ def keeper_of(log: Log) -> tuple[StateKeeper, _Server]:
         @property
         def head(self) -> Entry:
             return log.chain.head
+
+        async def beyond(self, round_: int) -> Entry:
+            while self.head.round <= round_:
+                await asyncio.sleep(0)  # every step of these tests takes one turn of the loop
+            return self.head
 
     return StateKeeper(context, History(), server, lambda _: []), server  # type: ignore[arg-type]
 
