@@ -16,7 +16,7 @@ import typer
 
 from shoal import __version__
 from shoal.node.exit_codes import ExitCode, ShoalError
-from shoal.node.settings import LISTEN, NodeSettings, default_directory
+from shoal.node.settings import LISTEN, NodeSettings, default_directory, running_directories, volunteer_directory
 
 app = typer.Typer(
     name="shoal",
@@ -111,8 +111,9 @@ def join(
 
     if data is not None and not data.exists():
         raise ShoalError(ExitCode.DATA_UNREADABLE, f"--data {data}: no such file", "name your copy of the run's data")
+    known = Invite.decode(read_invite(invite))
     settings = NodeSettings(
-        directory=directory or default_directory("volunteer"),
+        directory=directory or volunteer_directory(known.run),
         listen=tuple(listen or (LISTEN,)),
         announce=tuple(announce or ()),
         metrics_port=metrics_port,
@@ -121,7 +122,7 @@ def join(
         data=data,
         linger_s=linger,
     )
-    raise typer.Exit(run_node(settings, invite=Invite.decode(read_invite(invite)), quiet=quiet, plain=plain))
+    raise typer.Exit(run_node(settings, invite=known, quiet=quiet, plain=plain))
 
 
 def read_invite(text: str) -> str:
@@ -152,11 +153,14 @@ def status(directory: Directory = None, as_json: Json = False) -> None:
 
 
 def _only_running() -> Path:
-    """The default directory that has a running node; the volunteer's, if both or none have."""
-    for name in ("volunteer", "coordinator"):
-        if NodeSettings(directory=default_directory(name)).running.is_file():
-            return default_directory(name)
-    return default_directory("volunteer")
+    """The default directory whose node runs. Raises ShoalError unless there is exactly one."""
+    running = running_directories()
+    if len(running) == 1:
+        return running[0]
+    if not running:
+        raise ShoalError(ExitCode.NODE_NOT_RUNNING, "no node runs in the default directories")
+    names = ", ".join(map(str, running))
+    raise ShoalError(ExitCode.USAGE, f"several nodes run here: {names}", "name one of them with --dir")
 
 
 def _ask_node(settings: NodeSettings) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,20 +14,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
+from shoal.node.entrance import fetch_manifest, invited_peers
 from shoal.node.exit_codes import ExitCode, ShoalError
 from shoal.node.live import quiet_libraries
-from shoal.node.node import RunKeySigner, verify_hex
-from shoal.node.services import MANIFEST
 from shoal.node.settings import NodeSettings
-from shoal.protocol.blobs import BlobStore
 from shoal.protocol.events import Bus
-from shoal.protocol.identity import Identity, readable_name
+from shoal.protocol.identity import Identity
 from shoal.protocol.invite import Invite
-from shoal.protocol.manifest import SignedManifest
 from shoal.protocol.p2p import P2PTransport
-from shoal.protocol.runlog import Member
 from shoal.protocol.store import DiskStore
-from shoal.protocol.transport import CallError, Empty, Refused
+from shoal.protocol.transport import Refused
 
 if TYPE_CHECKING:
     from shoal.swarm.pipeline.history import History
@@ -63,12 +59,10 @@ def _kept_invite(source: NodeSettings) -> str:
 async def _observe(
     stack: contextlib.AsyncExitStack, invite: Invite, folder: Path, target: Path, show: bool
 ) -> dict[str, Any]:
+    from shoal.node.assembly import first_entry, make_context
     from shoal.swarm.export import export_hf
     from shoal.swarm.pipeline.collect import collect_states
-    from shoal.swarm.pipeline.context import Context, Patience, genesis
     from shoal.swarm.pipeline.history import History
-    from shoal.swarm.pipeline.messages import Methods
-    from shoal.swarm.pipeline.spec import spec_of
     from shoal.swarm.stage import build_stage
 
     identity = Identity.load_or_create(folder / "identity.key")
@@ -83,31 +77,15 @@ async def _observe(
         run_dir=folder,
     )
     stack.push_async_callback(transport.close)
-    entrance = [maddr.rsplit("/p2p/", 1)[1] for maddr in invite.maddrs]
-    signed = await _manifest(transport, invite, entrance)
+    entrance = invited_peers(invite)
+    signed, _ = await fetch_manifest(transport, invite, entrance)
     manifest = signed.manifest
-    spec = spec_of(manifest, signed.coordinator)
     pool = stack.enter_context(ThreadPoolExecutor(1))
-
-    async def run_in_thread(function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
-
-    context = Context(
-        spec=spec,
-        transport=transport,
-        store=store,
-        blobs=BlobStore(store),
-        emit=bus.emit,
-        run_in_thread=run_in_thread,
-        signer=RunKeySigner(identity),
-        verify=verify_hex,
-        calls=Methods(spec.max_body_bytes),
-        patience=Patience(),
-    )
-    origin = Member(peer=signed.coordinator, public_key=signed.certificate.run_key.hex())
-    history = History(context, genesis(spec.run, origin))
+    context = make_context(signed, transport=transport, store=store, identity=identity, emit=bus.emit, pool=pool)
+    history = History(context, first_entry(signed))
+    spec = context.spec
     for stage in range(spec.shape.stages):
-        await run_in_thread(build_stage, manifest, stage)  # what is slow the first time, before the run moves on
+        await context.run_in_thread(build_stage, manifest, stage)
     console = Console(stderr=True)
     with Progress(console=console, disable=not (show and console.is_terminal), transient=True) as bar:
         tasks = [bar.add_task(f"stage {s}", total=None) for s in range(spec.shape.stages)]
@@ -129,7 +107,7 @@ async def _observe(
 
 
 async def _newest(
-    history: History, entrance: list[str], collect: Callable[[], Awaitable[list[dict[str, Any]]]]
+    history: History, entrance: Sequence[str], collect: Callable[[], Awaitable[list[dict[str, Any]]]]
 ) -> list[dict[str, Any]]:
     """The newest state. A run that goes on meanwhile lets go of old states: then for its new head, until there is none.
 
@@ -153,21 +131,3 @@ async def _newest(
                     f"the state after step {history.head.step} is not to be had: {refusal.detail}",
                     "wait until a peer that holds it is back, then export again",
                 ) from None
-
-
-async def _manifest(transport: P2PTransport, invite: Invite, entrance: list[str]) -> SignedManifest:
-    failure: CallError | None = None
-    for peer in dict.fromkeys((invite.coordinator, *entrance)):
-        try:
-            reply = await transport.call(peer, MANIFEST, Empty(), timeout_s=15.0)
-        except CallError as error:
-            failure = error
-            continue
-        try:
-            return SignedManifest.open(reply.body, expected_run=invite.run, expected_coordinator=invite.coordinator)
-        except Refused as error:
-            raise ShoalError(
-                ExitCode.MANIFEST_REFUSED,
-                f"the manifest that {readable_name(peer)} gave is not the one of the invite: {error.detail}",
-            ) from None
-    raise ShoalError(ExitCode.BOOTSTRAP_UNREACHABLE, f"nobody gave the manifest ({failure})")

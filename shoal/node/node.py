@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +23,15 @@ from shoal.monitoring.exporter import Exporter
 from shoal.monitoring.metrics import Metrics
 from shoal.monitoring.projection import Projection
 from shoal.node.chaos import injection
+from shoal.node.entrance import KnownPeers, fetch_manifest, initial_addresses, invited_peers
 from shoal.node.errors import explain
 from shoal.node.exit_codes import ExitCode, ShoalError
 from shoal.node.hardware import Hardware, choose
 from shoal.node.lifecycle import Facts, Stage, told
 from shoal.node.services import MANIFEST, STATUS, Status
 from shoal.node.settings import NodeSettings
-from shoal.protocol.blobs import BlobStore
 from shoal.protocol.events import Bus, LifecycleChanged, NodeStarted, NodeStopped, Problem, Reason, Sink
-from shoal.protocol.identity import Identity, readable_name, verify
+from shoal.protocol.identity import Identity, readable_name
 from shoal.protocol.invite import Invite
 from shoal.protocol.manifest import SignedManifest
 from shoal.protocol.p2p import BootstrapUnreachable, P2PTransport
@@ -44,35 +43,13 @@ from shoal.protocol.transport import CallError, Empty, Refused, Reply, Request
 if TYPE_CHECKING:
     from shoal.protocol.directory import Directory
     from shoal.swarm.data import Corpus
-    from shoal.swarm.pipeline.context import Context
     from shoal.swarm.pipeline.peer import PipelinePeer
     from shoal.swarm.stage import StageProgram
 
 RECORD_LIFETIME_S = 300.0
 ANNOUNCE_S = 60.0
 LOOK_S = 0.2  # between two looks at what the lifecycle follows from
-MAX_CACHED_PEERS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class RunKeySigner:
-    """The identity's run key, as the pipeline wants it."""
-
-    identity: Identity
-
-    @property
-    def public_key(self) -> str:
-        return self.identity.public_key.hex()
-
-    def sign(self, domain: str, payload: bytes) -> bytes:
-        return self.identity.sign(domain, payload)
-
-
-def verify_hex(public_key: str, domain: str, payload: bytes, signature: bytes) -> bool:
-    try:
-        return verify(bytes.fromhex(public_key), domain, payload, signature)
-    except ValueError:
-        return False
+KEPT_GRAPHS = 8  # forwards whose backward need not recompute them
 
 
 class Node:
@@ -172,57 +149,36 @@ class Node:
             await asyncio.wait({start, stop})
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
-        bootstrap = self._initial_peers()
-        self.transport = await self._connect(bootstrap)
+        self.known = KnownPeers(self.settings.peers, self.identity.peer)
+        known = self.known.read()
+        self.transport = await P2PTransport.create(
+            identity_path=self.settings.identity,
+            listen=self.settings.listen,
+            announce=self.settings.announce,
+            initial_peers=initial_addresses(self._invite, known),
+            emit=self.bus.emit,
+            run_dir=self.settings.sockets,
+        )
         stack.push_async_callback(self.transport.close)
-        self._learn(self.settings.peers)
-        signed = self._manifest or await self._fetch_manifest()
-        self._manifest = signed
+        for peer, maddrs in known.items():
+            self.transport.learn_address(peer, maddrs)
+        signed = self._manifest = self._manifest or await self._get_manifest()
         manifest = signed.manifest
         self.bus.emit(NodeStarted(self.identity.peer, self.identity.name, manifest.name, manifest.mode, __version__))
         self._tell(connected=True)
         self._hardware = choose(self.settings.device)
         self._corpus = await asyncio.to_thread(self._load_data)
         self._tell(checked=True)
-        context = await self._make_peer(stack)
+        self._make_peer(stack, signed)
         self.transport.serve(MANIFEST, self._on_manifest)
         self.transport.serve(STATUS, self._on_status)
-        await self._peer_open()
+        await self._peer_of_run.open()
         await self.transport.ready()
         await self._join_dht(stack)
         await self._start_exporter(stack)
         invite = Invite(manifest.run_id, signed.coordinator, self._bootstrap_addresses())
         self.settings.invite.write_text(invite.encode() + "\n")
         self._on_invite(invite)
-        del context
-
-    async def _connect(self, bootstrap: tuple[str, ...]) -> P2PTransport:
-        return await P2PTransport.create(
-            identity_path=self.settings.identity,
-            listen=self.settings.listen,
-            announce=self.settings.announce,
-            initial_peers=bootstrap,
-            emit=self.bus.emit,
-            run_dir=self.settings.sockets,
-        )
-
-    def _initial_peers(self) -> tuple[str, ...]:
-        """The invite's addresses and those of peers met before; a coordinator that starts alone has none."""
-        met = tuple(f"{maddr}/p2p/{peer}" for peer, maddrs in self._read_peers().items() for maddr in maddrs)
-        invited = self._invite.maddrs if self._invite is not None else ()
-        return tuple(dict.fromkeys((*invited, *met))) if invited else ()
-
-    def _read_peers(self) -> dict[str, tuple[str, ...]]:
-        try:
-            raw = json.loads(self.settings.peers.read_text())
-            return {str(p): tuple(map(str, a)) for p, a in raw.items() if p != self.identity.peer}
-        except (OSError, ValueError, AttributeError):
-            return {}
-
-    def _learn(self, path: Path) -> None:
-        for peer, maddrs in self._read_peers().items():
-            self.transport.learn_address(peer, maddrs)
-        del path
 
     def _bootstrap_addresses(self) -> tuple[str, ...]:
         """Where others can enter: the invite's own addresses, or ours if we are the bootstrap peer."""
@@ -231,8 +187,8 @@ class Node:
         return tuple(f"{maddr}/p2p/{self.identity.peer}" for maddr in self.transport.visible_addresses())[:8]
 
     # --- joining ------------------------------------------------------------------------------------------------------
-    async def _fetch_manifest(self) -> SignedManifest:
-        """From this disk, or from the coordinator, or from anybody met: whoever gives it, it must match the invite."""
+    async def _get_manifest(self) -> SignedManifest:
+        """From this disk, or from a peer of the invite, or from anybody met: it must match the invite."""
         assert self._invite is not None
         invite = self._invite
         stored = await self.disk.get("manifest")
@@ -245,30 +201,9 @@ class Node:
                     f"{self.settings.directory} holds another run than the one of this invite",
                     "give each run a directory of its own with --dir",
                 ) from None
-        refusal: CallError | None = None
-        for peer in dict.fromkeys((invite.coordinator, *self._invited_peers(), *self._read_peers())):
-            try:
-                reply = await self.transport.call(peer, MANIFEST, Empty(), timeout_s=15.0)
-            except CallError as error:
-                refusal = refusal or error
-                continue
-            try:
-                signed = SignedManifest.open(
-                    reply.body, expected_run=invite.run, expected_coordinator=invite.coordinator
-                )
-            except Refused as error:
-                raise ShoalError(
-                    ExitCode.MANIFEST_REFUSED,
-                    f"the manifest that {readable_name(peer)} gave is not the one of the invite: {error.detail}",
-                ) from None
-            await self.disk.put("manifest", reply.body)
-            return signed
-        raise ShoalError(
-            ExitCode.BOOTSTRAP_UNREACHABLE, f"no peer of the invite gave the manifest ({refusal})"
-        ) from None
-
-    def _invited_peers(self) -> list[str]:
-        return [maddr.rsplit("/p2p/", 1)[1] for maddr in self._invite.maddrs] if self._invite else []
+        signed, data = await fetch_manifest(self.transport, invite, (*invited_peers(invite), *self.known.read()))
+        await self.disk.put("manifest", data)
+        return signed
 
     def _load_data(self) -> Corpus | None:
         """The training data, if this machine has the run's copy; without it the node serves and does not feed."""
@@ -292,58 +227,40 @@ class Node:
             return None
         return corpus
 
-    async def _make_peer(self, stack: contextlib.AsyncExitStack) -> Context:
+    def _make_peer(self, stack: contextlib.AsyncExitStack, signed: SignedManifest) -> None:
         import torch
 
-        from shoal.swarm.pipeline.context import Context, Patience, genesis
-        from shoal.swarm.pipeline.messages import Methods
+        from shoal.node.assembly import first_entry, make_context
         from shoal.swarm.pipeline.peer import PipelinePeer
-        from shoal.swarm.pipeline.spec import spec_of
         from shoal.swarm.stage import build_stage
 
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)
-        assert self._manifest is not None
-        manifest, coordinator = self._manifest.manifest, self._manifest.coordinator
-        spec = spec_of(manifest, coordinator)
+        manifest = signed.manifest
         pool = ThreadPoolExecutor(2, thread_name_prefix="shoal-compute")
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
 
-        async def run_in_thread(function: Callable[..., Any], *args: Any) -> Any:
-            return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
-
         def build(index: int) -> StageProgram:
-            return build_stage(manifest, index, device=self._hardware.device, keep_graphs=8)
+            return build_stage(manifest, index, device=self._hardware.device, keep_graphs=KEPT_GRAPHS)
 
-        context = Context(
-            spec=spec,
-            transport=self.transport,
-            store=self.disk,
-            blobs=BlobStore(self.disk),
-            emit=self.bus.emit,
-            run_in_thread=run_in_thread,
-            signer=RunKeySigner(self.identity),
-            verify=verify_hex,
-            calls=Methods(spec.max_body_bytes),
-            patience=Patience(),
-        )
-        origin = Member(peer=coordinator, public_key=self._manifest.certificate.run_key.hex())
-        self.context = context
         self.build = build
+        self.context = make_context(
+            signed, transport=self.transport, store=self.disk, identity=self.identity, emit=self.bus.emit, pool=pool
+        )
         self._peer = PipelinePeer(
-            context,
-            genesis(spec.run, origin),
+            self.context,
+            first_entry(signed),
             data=self._corpus.sequences(manifest.data.sequence_length, seed=manifest.seed) if self._corpus else None,
             build=build,
             record=lambda: seal(self._record(), self.identity),
             open_record=self._open_record,
-            contacts=lambda: tuple(dict.fromkeys((coordinator, *self._invited_peers(), *self._read_peers()))),
+            contacts=lambda: (signed.coordinator, *invited_peers(self._invite), *self.known.read()),
         )
-        return context
 
-    async def _peer_open(self) -> None:
-        assert self._peer is not None
-        await self._peer.open()
+    @property
+    def _peer_of_run(self) -> PipelinePeer:
+        assert self._peer is not None  # made by `_start`, before anything that needs it
+        return self._peer
 
     def _record(self) -> PeerRecord:
         """What this node says about itself now."""
@@ -483,8 +400,7 @@ class Node:
             for peer, maddrs in met.items():
                 self.transport.learn_address(peer, maddrs)
             if met:
-                kept = dict(list({**met, **self._read_peers()}.items())[:MAX_CACHED_PEERS])
-                _write_aside(self.settings.peers, json.dumps({p: list(a) for p, a in kept.items()}))
+                self.known.add(met)
             await asyncio.sleep(ANNOUNCE_S)
 
     async def _watch(self) -> None:
@@ -554,9 +470,3 @@ async def _background(*work: Any) -> AsyncIterator[None]:
         finally:
             for task in tasks:
                 task.cancel()
-
-
-def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_suffix(".new")
-    aside.write_text(text)
-    aside.replace(path)

@@ -77,5 +77,18 @@ class NodeSettings:
 
 def default_directory(name: str) -> Path:
     """Where nodes keep their files unless told otherwise: $XDG_DATA_HOME/shoal/NAME."""
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(base) / "shoal" / name
+    return _base() / name
+
+
+def volunteer_directory(run: str) -> Path:
+    """A volunteer's default directory: one for each run that it joins."""
+    return _base() / "runs" / run[:12]
+
+
+def running_directories() -> list[Path]:
+    """Default directories in which a node says that it runs."""
+    return sorted(path.parent for path in (*_base().glob("*/node.json"), *_base().glob("runs/*/node.json")))
+
+
+def _base() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "shoal"

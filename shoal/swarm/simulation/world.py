@@ -26,7 +26,7 @@ from shoal.protocol.runlog import Commit, Entry, Member
 from shoal.protocol.store import MemoryStore
 from shoal.swarm.data import Corpus
 from shoal.swarm.optimizers import OptimizerSpec
-from shoal.swarm.pipeline.context import Context, Patience, Spec, genesis
+from shoal.swarm.pipeline.context import CodecName, Context, Patience, Spec, genesis
 from shoal.swarm.pipeline.messages import Methods
 from shoal.swarm.pipeline.peer import PipelinePeer
 from shoal.swarm.pipeline.roles import Shape
@@ -81,6 +81,8 @@ class World:
         snapshot_every: int = 5,
         optimizer: str = "sgd",
         max_buckets: int = 4,
+        activation_codec: CodecName = "none",
+        gradient_codec: CodecName = "none",
         seed: int = 0,
         link: Link | None = None,
         patience: Patience | None = None,
@@ -97,6 +99,8 @@ class World:
             snapshot_every=snapshot_every,
             servers_per_stage=servers,
             max_buckets=max_buckets,
+            activation_codec=activation_codec,
+            gradient_codec=gradient_codec,
         )
         self.patience = patience or Patience(
             floor_s=0.2, work_s=2.0, freeze_s=1.0, reduce_s=3.0, paxos_s=0.5, ping_s=0.3, pong_s=0.3, round_s=20.0
