@@ -21,6 +21,15 @@ from shoal.swarm.pipeline.roles import Shape
 T = TypeVar("T")
 CodecName = Literal["none", "fp16", "blockwise8"]
 _UNFINISHED: set[asyncio.Task[Any]] = set()  # the loop itself keeps only weak references
+
+
+def _finished(task: asyncio.Task[Any]) -> None:
+    """Its error went to whoever awaits it; when a node shuts down, nobody does, and that is no news."""
+    _UNFINISHED.discard(task)
+    if not task.cancelled():
+        task.exception()
+
+
 RunInThread = Callable[..., Awaitable[Any]]
 
 
@@ -103,7 +112,7 @@ class Context:
         """Run `work` to its end even if the caller is cancelled meanwhile."""
         task = asyncio.get_running_loop().create_task(work)
         _UNFINISHED.add(task)
-        task.add_done_callback(_UNFINISHED.discard)
+        task.add_done_callback(_finished)
         return await asyncio.shield(task)
 
     def now(self) -> float:
