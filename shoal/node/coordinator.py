@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.node.exit_codes import ExitCode, ShoalError
+from shoal.node.files import replace_file
 from shoal.node.settings import NodeSettings
 from shoal.protocol.identity import Identity
 from shoal.protocol.manifest import Manifest, SignedManifest, load_manifest
@@ -132,7 +133,5 @@ def prepare(path: Path, settings: NodeSettings) -> SignedManifest:
             )
         return signed
     signed = SignedManifest.sign(manifest, identity)
-    aside = kept.with_suffix(".new")
-    aside.write_bytes(signed.to_bytes())
-    aside.replace(kept)
+    replace_file(kept, signed.to_bytes())
     return signed

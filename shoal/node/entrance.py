@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.node.exit_codes import ExitCode, ShoalError
+from shoal.node.files import replace_file
 from shoal.node.services import MANIFEST
 from shoal.protocol.identity import readable_name
-from shoal.protocol.invite import Invite
+from shoal.protocol.invite import Invite, Maddr
 from shoal.protocol.manifest import SignedManifest
+from shoal.protocol.runlog import Member
 from shoal.protocol.transport import CallError, Empty, Refused, Transport
 
 MAX_KNOWN = 64
@@ -36,13 +38,11 @@ class KnownPeers:
             return {}
 
     def add(self, met: Addresses) -> None:
-        """Remember these; the newest first, at most MAX_KNOWN."""
+        """Remember these, the first ones first, then who was known before; at most MAX_KNOWN."""
         known = {**met, **{peer: maddrs for peer, maddrs in self.read().items() if peer not in met}}
         known.pop(self.me, None)
-        aside = self.path.with_suffix(".new")
         with contextlib.suppress(OSError):
-            aside.write_text(json.dumps({peer: list(known[peer]) for peer in list(known)[:MAX_KNOWN]}))
-            aside.replace(self.path)
+            replace_file(self.path, json.dumps({peer: list(known[peer]) for peer in list(known)[:MAX_KNOWN]}).encode())
 
 
 def invited_peers(invite: Invite | None) -> tuple[str, ...]:
@@ -50,6 +50,30 @@ def invited_peers(invite: Invite | None) -> tuple[str, ...]:
     if invite is None:
         return ()
     return tuple(dict.fromkeys((invite.coordinator, *(maddr.rsplit("/p2p/", 1)[1] for maddr in invite.maddrs))))
+
+
+def invited_addresses(invite: Invite | None) -> dict[str, tuple[str, ...]]:
+    """Where the invite says that its peers listen. The log cannot say it of the coordinator: genesis is the same for
+    everybody, wherever the coordinator is."""
+    found: dict[str, tuple[str, ...]] = {}
+    for address in map(Maddr.parse, invite.maddrs if invite is not None else ()):
+        if address.peer is not None:
+            found[address.peer] = (*found.get(address.peer, ()), address.dialable)
+    return found
+
+
+def merged(*sources: Addresses) -> dict[str, tuple[str, ...]]:
+    """All addresses of all sources; of one peer, those of the first source first."""
+    peers = dict.fromkeys(peer for source in sources for peer in source)
+    return {p: tuple(dict.fromkeys(maddr for source in sources for maddr in source.get(p, ()))) for p in peers}
+
+
+def ways_back(members: Iterable[Member], found: Addresses, me: str) -> dict[str, tuple[str, ...]]:
+    """Addresses worth keeping: of members first, whom the log names, then of whoever else the DHT shows (`found`), so
+    that strangers cannot push members out. Of a member, what the log says; if it says nothing, what the DHT says."""
+    named = {m.peer: m.maddrs or found.get(m.peer, ()) for m in members}
+    met = {**named, **{peer: maddrs for peer, maddrs in found.items() if peer not in named}}
+    return {peer: maddrs for peer, maddrs in met.items() if maddrs and peer != me}
 
 
 def initial_addresses(invite: Invite | None, known: Addresses) -> tuple[str, ...]:
@@ -61,10 +85,12 @@ def initial_addresses(invite: Invite | None, known: Addresses) -> tuple[str, ...
 
 
 async def fetch_manifest(transport: Transport, invite: Invite, peers: Iterable[str]) -> tuple[SignedManifest, bytes]:
-    """The signed manifest from the first of `peers` that gives it, and its bytes. It must be the one of the invite.
+    """The manifest of the invite, from the first of `peers` that gives it, and its bytes. One liar stops nobody.
 
-    Raises ShoalError: MANIFEST_REFUSED when it is not, BOOTSTRAP_UNREACHABLE when nobody gives one."""
+    Raises ShoalError: MANIFEST_REFUSED when some gave another one and nobody the right one, BOOTSTRAP_UNREACHABLE when
+    nobody gave any."""
     failure: CallError | None = None
+    forged: ShoalError | None = None
     for peer in dict.fromkeys(peers):
         try:
             reply = await transport.call(peer, MANIFEST, Empty(), timeout_s=MANIFEST_TIMEOUT_S)
@@ -74,9 +100,10 @@ async def fetch_manifest(transport: Transport, invite: Invite, peers: Iterable[s
         try:
             signed = SignedManifest.open(reply.body, expected_run=invite.run, expected_coordinator=invite.coordinator)
         except Refused as error:
-            raise ShoalError(
+            forged = forged or ShoalError(
                 ExitCode.MANIFEST_REFUSED,
                 f"the manifest that {readable_name(peer)} gave is not the one of the invite: {error.detail}",
-            ) from None
+            )
+            continue
         return signed, reply.body
-    raise ShoalError(ExitCode.BOOTSTRAP_UNREACHABLE, f"no peer of the invite gave the manifest ({failure})")
+    raise forged or ShoalError(ExitCode.BOOTSTRAP_UNREACHABLE, f"no peer of the invite gave the manifest ({failure})")

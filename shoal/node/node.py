@@ -11,9 +11,10 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,23 @@ from shoal.monitoring.exporter import Exporter
 from shoal.monitoring.metrics import Metrics
 from shoal.monitoring.projection import Projection
 from shoal.node.chaos import injection
-from shoal.node.entrance import KnownPeers, fetch_manifest, initial_addresses, invited_peers
+from shoal.node.entrance import (
+    KnownPeers,
+    fetch_manifest,
+    initial_addresses,
+    invited_addresses,
+    invited_peers,
+    merged,
+    ways_back,
+)
 from shoal.node.errors import explain
 from shoal.node.exit_codes import ExitCode, ShoalError
+from shoal.node.files import replace_file
 from shoal.node.hardware import Hardware, choose
 from shoal.node.lifecycle import Facts, Stage, told
 from shoal.node.services import MANIFEST, STATUS, Status
 from shoal.node.settings import NodeSettings
+from shoal.protocol.blobs import BlobError
 from shoal.protocol.events import Bus, LifecycleChanged, NodeStarted, NodeStopped, Problem, Reason, Sink
 from shoal.protocol.identity import Identity, readable_name
 from shoal.protocol.invite import Invite
@@ -160,7 +171,7 @@ class Node:
             run_dir=self.settings.sockets,
         )
         stack.push_async_callback(self.transport.close)
-        for peer, maddrs in known.items():
+        for peer, maddrs in merged(known, invited_addresses(self._invite)).items():
             self.transport.learn_address(peer, maddrs)
         signed = self._manifest = self._manifest or await self._get_manifest()
         manifest = signed.manifest
@@ -177,7 +188,7 @@ class Node:
         await self._join_dht(stack)
         await self._start_exporter(stack)
         invite = Invite(manifest.run_id, signed.coordinator, self._bootstrap_addresses())
-        self.settings.invite.write_text(invite.encode() + "\n")
+        replace_file(self.settings.invite, f"{invite.encode()}\n".encode())
         self._on_invite(invite)
 
     def _bootstrap_addresses(self) -> tuple[str, ...]:
@@ -238,7 +249,7 @@ class Node:
             torch.set_num_threads(self.settings.threads)
         manifest = signed.manifest
         pool = ThreadPoolExecutor(2, thread_name_prefix="shoal-compute")
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        stack.push_async_callback(end_pool, pool, self.settings.drain_s)
 
         def build(index: int) -> StageProgram:
             return build_stage(manifest, index, device=self._hardware.device, keep_graphs=KEPT_GRAPHS)
@@ -357,11 +368,9 @@ class Node:
         assert self._peer is not None
         try:
             await collect_states(self.context, self._peer.history.chain, self.build)
-        except Refused as refusal:
+        except (Refused, BlobError) as error:
             self.bus.emit(
-                Problem(
-                    refusal.reason, f"the final state is not complete here: {refusal.detail}", "export while they stay"
-                )
+                Problem(error.reason, f"the final state is not complete here: {error.detail}", "export while they stay")
             )
 
     async def _drain(self, work: asyncio.Future[None]) -> ExitCode:
@@ -394,9 +403,8 @@ class Node:
             except (CallError, TimeoutError, OSError) as error:
                 self.bus.emit(Problem(Reason.UNREACHABLE, f"the DHT did not answer: {error}", "it is tried again"))
                 found = {}
-            met = {peer: r.maddrs for peer, r in found.items() if peer != self.identity.peer}
-            met |= {m.peer: m.maddrs for m in self._peer.history.head.members if m.maddrs}
-            met.pop(self.identity.peer, None)
+            listed = {peer: record.maddrs for peer, record in found.items()}
+            met = ways_back(self._peer.history.head.members, listed, self.identity.peer)
             for peer, maddrs in met.items():
                 self.transport.learn_address(peer, maddrs)
             if met:
@@ -458,6 +466,16 @@ class Node:
                 stage=self._peer.server.stage,
             )
         )
+
+
+async def end_pool(pool: Executor, timeout_s: float) -> None:
+    """Start nothing more and wait for what runs, but not for ever: a computation cannot be interrupted."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    waiter = threading.Thread(target=pool.shutdown, daemon=True, name="shoal-compute-end")
+    waiter.start()
+    end = time.monotonic() + timeout_s
+    while waiter.is_alive() and time.monotonic() < end:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
 
 
 @contextlib.asynccontextmanager

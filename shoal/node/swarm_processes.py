@@ -72,10 +72,11 @@ class SwarmProcesses:
     def bootstrap(self, name: str = "coordinator", timeout_s: float = 90.0, **environment: str) -> str:
         """Start the coordinator; returns the invite. Raises ShoalError if it ends or says nothing in time."""
         directory = self.folder / name
+        invite = directory / "invite"
+        invite.unlink(missing_ok=True)  # of an earlier start: its addresses may be gone
         node = self._start(
             name, ["bootstrap", str(self.manifest), "--dir", str(directory), "--listen", LOOPBACK], environment
         )
-        invite = directory / "invite"
         self.wait(lambda: invite.is_file() and invite.stat().st_size > 0, timeout_s, f"{name} gave no invite", [node])
         return invite.read_text().strip()
 

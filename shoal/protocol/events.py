@@ -42,6 +42,8 @@ class Reason(enum.StrEnum):
     OUTVOTED = "outvoted"
     DATA_MISMATCH = "data_mismatch"
     DAEMON_DIED = "daemon_died"
+    LEFT = "left"
+    OBSTRUCTS = "obstructs"
 
 
 REASON_HELP: dict[Reason, str] = {
@@ -70,6 +72,8 @@ REASON_HELP: dict[Reason, str] = {
     Reason.OUTVOTED: "another proposal was decided for this log entry, or a higher ballot is under way",
     Reason.DATA_MISMATCH: "the local copy of the training data is not the one the manifest names",
     Reason.DAEMON_DIED: "the node's own libp2p daemon stopped",
+    Reason.LEFT: "the peer asked to be let out of the run",
+    Reason.OBSTRUCTS: "the peer answers but rounds fail on it again and again: its links to others, or its disk",
 }
 
 

@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from shoal.protocol.events import Reason
 from shoal.protocol.identity import Identity, RunKeyCertificate, Sealed, malformed
 from shoal.protocol.manifest_faults import Found, Inconsistent, dotted, explain, shown
+from shoal.protocol.runlog import MAX_MEMBERS
 from shoal.protocol.toml_lines import KeyPath, line_numbers
 from shoal.protocol.transport import Message, Refused
 
@@ -54,6 +55,9 @@ _REFUSED_CONFIG = {
 
 
 # --- the models ------------------------------------------------------------------------------------------------------
+MAX_MICROBATCHES = 8192  # in a round: a server's ledger must fit into one message
+
+
 class Section(Message):
     """Base of all tables: unknown keys, coercion and non-finite numbers are refused; frozen."""
 
@@ -154,7 +158,7 @@ class AdmissionSection(Section):
 
 
 class LimitsSection(Section):
-    max_peers: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_peers: Annotated[int, Field(ge=1, le=MAX_MEMBERS)] = 64
     max_message_mib: Annotated[int, Field(ge=1, le=1024)] = 64
     gradient_log: Annotated[int, Field(ge=1, le=10_000)] = 32  # rounds
 
@@ -251,6 +255,13 @@ def _canonical_json(value: object) -> bytes:
 
 # --- checks across fields --------------------------------------------------------------------------------------------
 def _cross_checks(m: Manifest) -> Iterator[Found]:
+    if m.batch.samples > MAX_MICROBATCHES * m.batch.microbatch:
+        yield (
+            ("batch", "microbatch"),
+            f"a round has at most {MAX_MICROBATCHES} microbatches: this one would have "
+            f"{m.batch.samples // m.batch.microbatch}",
+            f"use microbatch = {-(-m.batch.samples // MAX_MICROBATCHES)} or more",
+        )
     if m.batch.samples % m.batch.microbatch:
         fits = next(n for n in range(m.batch.microbatch, 0, -1) if m.batch.samples % n == 0)
         yield (

@@ -23,11 +23,13 @@ from shoal.protocol.sampling import next_beacon
 from shoal.protocol.transport import Message, Refused
 
 MAX_ENTRY_BYTES = 256 * 1024
+MAX_MEMBERS = 512  # of one entry; how many of them fit is bounded by their bytes as well (`swarm.pipeline.roles`)
 VOTE_DOMAIN = "shoal accept"
 COMMITTEE_SIZES = (1, 3, 5)
 
 PeerStr = Annotated[str, Field(min_length=1, max_length=80)]
 Hex = Annotated[str, Field(max_length=64, pattern=r"^([0-9a-f]{2})*$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # a SHA-256 (or a hash of that size): names bytes
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Small = Annotated[int, Field(ge=0, le=4096)]
 
@@ -49,7 +51,7 @@ class StageCommit(Message):
     """The reduced gradient sum of one stage: its content digest and who held it when the round was decided."""
 
     stage: Small
-    gradient: Hex
+    gradient: Digest
     holders: tuple[PeerStr, ...]
 
 
@@ -89,22 +91,22 @@ class Pin(Message):
     step: Count
     next_sample: Count
     samples_total: Count
-    digests: tuple[Hex, ...]  # by stage
+    digests: tuple[Digest, ...]  # by stage
 
 
 class Entry(Message):
     """One entry of the run log. `step`: optimizer steps in the history up to here; `next_sample`: the data cursor."""
 
-    run: Hex
+    run: Digest
     term: Count
     round: Count
-    previous: Hex
+    previous: Digest | Literal[""]  # "": genesis has none
     members: tuple[Member, ...]
     committee: Annotated[tuple[PeerStr, ...], Field(min_length=1, max_length=5)]
     next_sample: Count
     samples_total: Count
     step: Count
-    beacon: Hex
+    beacon: Digest
     decision: Decision
     pin: Pin | None = None
     candidate: Pin | None = None  # the next pin, once more than one peer holds each of its snapshots
@@ -176,7 +178,7 @@ class Chain:
         self._proofs: list[tuple[bytes, Decided]] = []
         self._commits: dict[int, Entry] = {}  # step -> the commit entry of the current history
         self._stages: int | None = None  # of the run, once a commit showed them
-        self._append(genesis, genesis.to_bytes(), Decided(ballot=0, votes=()))
+        self.append(genesis, genesis.to_bytes(), Decided(ballot=0, votes=()))
 
     @property
     def head(self) -> Entry:
@@ -209,7 +211,13 @@ class Chain:
         return self._digests[entry.round] if entry else self._digests[0]
 
     def extend(self, data: bytes, proof: Decided, verify: Verify) -> Entry:
-        """Append the next entry. Raises Refused(STALE | AHEAD | MALFORMED | BAD_SIGNATURE) and changes nothing."""
+        """Append the next entry. Raises what `verified` raises, and then changes nothing."""
+        entry = self.verified(data, proof, verify)
+        self.append(entry, data, proof)
+        return entry
+
+    def verified(self, data: bytes, proof: Decided, verify: Verify) -> Entry:
+        """The next entry, checked but not appended. Raises Refused(STALE | AHEAD | MALFORMED | BAD_SIGNATURE)."""
         entry = Entry.from_bytes(data)
         self.check_follows(entry)
         digest = digest_of(data)
@@ -225,7 +233,6 @@ class Chain:
         }
         if len(valid) < majority(self.head.committee):
             raise Refused(Reason.BAD_SIGNATURE, f"entry {entry.round}: {len(valid)} valid votes")
-        self._append(entry, data, proof)
         return entry
 
     def check_follows(self, entry: Entry) -> None:
@@ -242,7 +249,7 @@ class Chain:
             raise Refused(Reason.MALFORMED, f"entry {entry.round} does not follow")
         if not _members_agree(head, entry):
             raise Refused(Reason.MALFORMED, f"entry {entry.round}: members and committee disagree")
-        if not self._stages_agree(entry) or not self._pin_agrees(entry):
+        if not self._stages_agree(entry) or not self._pins_agree(entry):
             raise Refused(Reason.MALFORMED, f"entry {entry.round}: stages or pinned state disagree with the log")
 
     def _stages_agree(self, entry: Entry) -> bool:
@@ -255,18 +262,27 @@ class Chain:
                 return False
         return stages is None or all(m.stage is None or m.stage < stages for m in entry.members)
 
-    def _pin_agrees(self, entry: Entry) -> bool:
-        """The pinned state stays, or a commit moves it on to a later step of this history."""
-        old, new = self.head.pin, entry.pin
-        if new == old:
+    def _pins_agree(self, entry: Entry) -> bool:
+        """The pinned state stays, or a commit moves it on to a later step of this history. So it is with the next one,
+        which is newer than the pin and may be given up at any time."""
+        old, new, then = self.head.pin, entry.pin, entry.candidate
+        commits = entry.decision.kind == "commit"
+        if new != old and not (commits and new is not None and self._pinnable(new, old)):
+            return False
+        if then is None:
             return True
-        source = None if new is None else self.commit_of(new.step)
-        if new is None or source is None or entry.decision.kind != "commit":
+        return (commits or then == self.head.candidate) and then.step <= entry.step and self._pinnable(then, new)
+
+    def _pinnable(self, pin: Pin, older: Pin | None) -> bool:
+        """Is it a step of this history, later than `older`, with the cursor of that step and one digest per stage?"""
+        source = self.commit_of(pin.step)
+        if source is None or pin.step <= (older.step if older else 0):
             return False
         there = (source.next_sample, source.samples_total, self._stages)
-        return new.step > (old.step if old else 0) and (new.next_sample, new.samples_total, len(new.digests)) == there
+        return (pin.next_sample, pin.samples_total, len(pin.digests)) == there
 
-    def _append(self, entry: Entry, data: bytes, proof: Decided) -> None:
+    def append(self, entry: Entry, data: bytes, proof: Decided) -> None:
+        """Append an entry that `verified` returned for this head."""
         self._entries.append(entry)
         self._digests.append(digest_of(data))
         self._proofs.append((data, proof))

@@ -201,6 +201,7 @@ def test_the_digest_of_the_data_can_be_filled_in_and_is_checked() -> None:
         ("open = true", "open = false", "admission.open", "not available yet"),
         ("open = true", "open = 1", "admission.open", "true or false"),
         ("max_peers = 64", "max_peers = 3", "limits.max_peers", "use max_peers = 4"),
+        ("max_peers = 64", "max_peers = 513", "limits.max_peers", "512"),
         ("max_message_mib = 64", "max_message_mib = 1", "limits.max_message_mib", "use max_message_mib = 2"),
         ("hidden_size = 192", "hidden_size = 10000000", "model.config.hidden_size", "from 1 to 65536"),
         ("hidden_size = 192", "hidden_size = \"x\"", "model.config.hidden_size", "must be an integer"),
@@ -487,3 +488,10 @@ def test_noise_and_flipped_bits_raise_nothing_but_refused(alice: Identity, noise
     good[at] ^= 1 << bit
     for data in (noise, bytes(good), alice.seal(DOMAIN, noise.decode("latin-1")).to_bytes()):
         reason_of(data)
+
+
+def test_a_round_of_more_microbatches_than_a_ledger_can_report_is_refused() -> None:
+    text = 'name = "x"\n[model]\narchitecture = "llama"\n[batch]\nsamples = 16384\nmicrobatch = 1\n'
+    with pytest.raises(ManifestError, match="at most 8192 microbatches") as caught:
+        parse_manifest(text)
+    assert "use microbatch = 2" in str(caught.value)

@@ -157,6 +157,12 @@ def pinned_chain() -> Chain:
     return chain
 
 
+def candidate(step: int, digests: int = STAGES, **changes: int) -> Pin:
+    """What the pinned chain may pin next, if `step` is 2 or 3."""
+    cursor = {"next_sample": step * SAMPLES, "samples_total": step * SAMPLES, **changes}
+    return Pin(step=step, digests=tuple(key_of(f"state {s} {step}") for s in range(digests)), **cursor)
+
+
 WRONG: dict[str, tuple[Reason, dict[str, Any]]] = {
     "run": (Reason.WRONG_RUN, {"run": key_of("other run")}),
     "round again": (Reason.STALE, {"round": 3}),
@@ -171,7 +177,6 @@ WRONG: dict[str, tuple[Reason, dict[str, Any]]] = {
     "samples": (Reason.MALFORMED, {"samples_total": 4 * SAMPLES - 1}),
     "second genesis": (Reason.MALFORMED, {"decision": Genesis()}),
     "a chosen beacon": (Reason.MALFORMED, {"beacon": key_of("grind")}),
-    "an empty beacon": (Reason.MALFORMED, {"beacon": ""}),
     "committee of strangers": (Reason.MALFORMED, {"committee": ("x", "y", "z")}),
     "committee of two": (Reason.MALFORMED, {"committee": ("a", "b")}),
     "one peer, two seats": (Reason.MALFORMED, {"committee": ("a", "a", "b")}),
@@ -194,19 +199,25 @@ WRONG: dict[str, tuple[Reason, dict[str, Any]]] = {
     "a pin taken away": (Reason.MALFORMED, {"pin": None}),
     "a pin ahead of the log": (
         Reason.MALFORMED,
-        {"pin": Pin(step=9, next_sample=9 * SAMPLES, samples_total=9 * SAMPLES, digests=("aa", "bb"))},
+        {"pin": Pin(step=9, next_sample=9 * SAMPLES, samples_total=9 * SAMPLES, digests=(key_of("x"), key_of("y")))},
     ),
     "a pin that moves the cursor": (
         Reason.MALFORMED,
-        {"pin": Pin(step=2, next_sample=0, samples_total=2 * SAMPLES, digests=("aa", "bb"))},
+        {"pin": Pin(step=2, next_sample=0, samples_total=2 * SAMPLES, digests=(key_of("x"), key_of("y")))},
     ),
     "a pin without a stage": (
         Reason.MALFORMED,
-        {"pin": Pin(step=2, next_sample=2 * SAMPLES, samples_total=2 * SAMPLES, digests=("aa",))},
+        {"pin": Pin(step=2, next_sample=2 * SAMPLES, samples_total=2 * SAMPLES, digests=(key_of("x"),))},
     ),
+    "a candidate ahead of the log": (Reason.MALFORMED, {"candidate": candidate(4)}),
+    "a candidate that moves the cursor": (Reason.MALFORMED, {"candidate": candidate(2, next_sample=0)}),
+    "a candidate without a stage": (Reason.MALFORMED, {"candidate": candidate(2, digests=1)}),
+    "a candidate with a stage too many": (Reason.MALFORMED, {"candidate": candidate(2, digests=3)}),
+    "the pinned step as a candidate": (Reason.MALFORMED, {"candidate": candidate(1)}),
+    "the start as a candidate": (Reason.MALFORMED, {"candidate": candidate(0)}),
     "other digests for the pinned step": (
         Reason.MALFORMED,
-        {"pin": Pin(step=1, next_sample=SAMPLES, samples_total=SAMPLES, digests=("aa", "bb"))},
+        {"pin": Pin(step=1, next_sample=SAMPLES, samples_total=SAMPLES, digests=(key_of("x"), key_of("y")))},
     ),
 }
 
@@ -227,6 +238,39 @@ def test_only_a_commit_moves_the_step_the_cursor_or_the_pin() -> None:
         for changes in ({"step": 4}, {"next_sample": 7}, {"samples_total": 7}, {"pin": pin_at(chain, 2)}):
             data = following(chain, decision, **changes).to_bytes()
             assert refused(chain, data, votes(data)) is Reason.MALFORMED
+
+
+def test_only_a_commit_names_a_candidate_and_a_rollback_gives_it_up() -> None:
+    chain = pinned_chain()
+    for decision in (Reconfigure(), Rollback(to_step=1)):
+        data = following(chain, decision, candidate=candidate(2)).to_bytes()
+        assert refused(chain, data, votes(data)) is Reason.MALFORMED
+    add(chain, commit(), candidate=candidate(2))
+    add(chain, Reconfigure(), candidate=candidate(2))
+    data = following(chain, Rollback(to_step=1), candidate=candidate(2)).to_bytes()
+    assert refused(chain, data, votes(data)) is Reason.MALFORMED
+    assert add(chain, commit(), pin=candidate(2)).pin == candidate(2)
+
+
+@pytest.mark.parametrize("digest", ["", "ab", "A" * 64, "0" * 62, "0" * 66, "g" * 64, "0" * 64 + chr(10)])
+@pytest.mark.parametrize("where", ["gradient", "pin", "candidate", "previous", "beacon", "run"])
+def test_what_names_bytes_is_a_whole_digest_everywhere(where: str, digest: str) -> None:
+    """A shorter one would pass the log and then fail, in every node that looks for those bytes, for ever."""
+    chain = pinned_chain()
+    entry = following(chain, commit(), candidate=candidate(3)).model_dump(mode="json")
+    if where == "gradient":
+        entry["decision"]["stages"][1]["gradient"] = digest
+    elif where in ("pin", "candidate"):
+        entry[where]["digests"][0] = digest
+    else:
+        entry[where] = digest
+    data = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+    if (where, digest) == ("previous", ""):
+        assert refused(chain, data, votes(data)) is Reason.MALFORMED
+        return
+    with pytest.raises(Refused) as caught:
+        Entry.from_bytes(data)
+    assert caught.value.reason is Reason.MALFORMED
 
 
 def test_a_rollback_goes_to_the_pinned_step_and_nowhere_else() -> None:

@@ -1,4 +1,9 @@
-"""A committee member's vote: Paxos answers made durable before they are sent (DESIGN 4.3.2)."""
+"""A committee member's vote: Paxos answers made durable before they are sent (DESIGN 4.3.2).
+
+A vote that was given must never be forgotten while its round is open. Three things see to that: an answer is on disk
+before it leaves; votes are deleted only for rounds whose entry is on disk, below a durable floor; and a peer that may
+have voted before its disk was lost or damaged abstains, in that round or until the log has let it out and in again.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,15 @@ import asyncio
 
 from shoal.protocol import paxos
 from shoal.protocol.codecs import pack, unpack
-from shoal.protocol.events import Reason
+from shoal.protocol.events import Problem, Reason
 from shoal.protocol.runlog import VOTE_DOMAIN, Entry, Vote, digest_of, vote_payload
 from shoal.protocol.transport import Refused, Reply, Request
 from shoal.swarm.pipeline.context import Context
 from shoal.swarm.pipeline.history import History
 from shoal.swarm.pipeline.messages import Accept, AcceptVote, Prepare, Promise, Round
+
+FLOOR = "vote-floor"  # votes of rounds up to here were deleted
+NEVER = 2**62  # promised to nobody in particular: this acceptor takes no ballot of the round any more
 
 
 class Acceptor:
@@ -21,6 +29,34 @@ class Acceptor:
         self._context = context
         self._history = history
         self._lock = asyncio.Lock()
+        self._floor = -1
+        self._forgetful_since: int | None = None  # our admission under which earlier votes may be lost
+
+    async def open(self, *, forgetful: bool) -> None:
+        """Load what must not be forgotten. `forgetful`: the disk is not the one that this identity voted with."""
+        data = await self._context.store.get(FLOOR)
+        self._floor = int(data) if data is not None else -1
+        member = self._history.head.member(self._context.me)
+        if forgetful and member is not None:
+            self.abstain(member.since)
+
+    def abstain(self, since: int) -> None:
+        """Votes given under our admission in entry `since` may be lost: give none until the log admits us anew."""
+        if self._forgetful_since != since:
+            self._context.emit(
+                Problem(
+                    Reason.NOT_FOUND,
+                    "this node's votes of before are not on its disk: it abstains until it was let out and in again",
+                    "nothing to do; next time keep the whole directory together",
+                )
+            )
+        self._forgetful_since = since
+
+    @property
+    def abstains(self) -> bool:
+        """Must this peer leave and be admitted again before it may vote?"""
+        member = self._history.head.member(self._context.me)
+        return self._forgetful_since is not None and member is not None and member.since <= self._forgetful_since
 
     def serve(self) -> None:
         self._context.transport.serve(self._context.calls.prepare, self._on_prepare)
@@ -31,9 +67,17 @@ class Acceptor:
 
         Bound to the round's number only: a vote for round r is a vote for entry r, whatever came to light since.
         """
-        data = await self._context.store.get(self._key(where))
-        if data is None:
+        if self.abstains or where.round <= self._floor:
+            return paxos.AcceptorState(NEVER)
+        key = self._key(where)
+        present = self._context.store.size(key) is not None
+        data = await self._context.store.get(key)
+        if data is None and not present:
             return paxos.AcceptorState()
+        if data is None:  # damaged: what it said is unknown, so nothing more may be said in this round
+            state = paxos.AcceptorState(NEVER)
+            await self._save(where, state)
+            return state
         parts = unpack(data, max_parts=3)
         promised = int.from_bytes(parts[0], "big", signed=True)
         if len(parts) == 1:
@@ -91,9 +135,15 @@ class Acceptor:
         head = self._history.head
         if self._context.me not in head.committee or sender not in head.committee:
             raise Refused(Reason.NOT_MEMBER, "not on the committee of this round")
+        if self.abstains:
+            raise Refused(Reason.NOT_READY, "this peer's earlier votes are lost")
 
     async def forget(self, before: int) -> None:
-        """Delete the votes on entries that are decided."""
-        for key in self._context.store.keys("paxos/"):
-            if int(key.rsplit("-", 1)[1]) < before:
-                await self._context.store.delete(key)
+        """Delete the votes on entries that are decided and on disk."""
+        old = [key for key in self._context.store.keys("paxos/") if int(key.rsplit("-", 1)[1]) < before]
+        if not old:
+            return
+        self._floor = max(self._floor, before - 1)
+        await self._context.store.put(FLOOR, str(self._floor).encode())
+        for key in old:
+            await self._context.store.delete(key)

@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from shoal.protocol.blobs import decode_state
 from shoal.protocol.codecs import decode
 from shoal.protocol.events import Reason
 from shoal.protocol.runlog import Chain
 from shoal.protocol.transport import Refused
 from shoal.swarm.pipeline.context import Context
 from shoal.swarm.pipeline.server import have_blob
-from shoal.swarm.pipeline.state import Apply, Have, Initialise, Load, Ready, next_action
+from shoal.swarm.pipeline.state import Apply, Have, Initialise, Load, Ready, load_program, next_action
 from shoal.swarm.stage import StageProgram
 
 Progress = Callable[[int, int, int], None]  # (stage, step, of step)
@@ -28,7 +27,8 @@ async def collect_states(
 ) -> list[dict[str, Tensor]]:
     """`StageProgram.state()` of every stage at `chain.head.step`, by stage.
 
-    Needs memory for one stage at a time. Raises Refused(NOT_FOUND) when nobody gives a needed blob.
+    Needs memory for one stage at a time. Raises Refused: NOT_FOUND when nobody gives a needed blob,
+    MALFORMED or NOT_FINITE when what the log pins is no state.
     """
     states = []
     for stage in range(context.spec.shape.stages):
@@ -51,7 +51,7 @@ async def _collect_stage(
                 step = 0
             case Load(step=step, digest=digest):
                 data = await _blob(context, digest, donors)
-                program = await context.run_in_thread(_loaded, build, stage, data)
+                program = await context.run_in_thread(load_program, build, stage, data)
             case Apply(step=step, gradient=digest, holders=holders, samples=samples) if program is not None:
                 data = await _blob(context, digest, [*holders, *donors])
                 gradient = decode(data, max_elements=program.numel)
@@ -63,12 +63,6 @@ async def _collect_stage(
         have = Have(stage, step, chain.commit_digest(step))
         if progress is not None:
             progress(stage, step, head.step)
-
-
-def _loaded(build: Callable[[int], StageProgram], stage: int, data: bytes) -> StageProgram:
-    program = build(stage)
-    program.load_state(decode_state(data, max_bytes=len(data)))
-    return program
 
 
 async def _blob(context: Context, digest: str, donors: Sequence[str]) -> bytes:

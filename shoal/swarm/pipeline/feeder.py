@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from shoal.protocol.codecs import encode, pack, unpack
+from shoal.protocol.codecs import decode, encode, pack, unpack
 from shoal.protocol.deadlines import Deadline
 from shoal.protocol.events import (
     HoleRepaired,
@@ -35,12 +35,22 @@ from shoal.swarm.pipeline.router import Router
 
 T = TypeVar("T")
 CACHED_MICROBATCHES = 64
-OVER = frozenset({Reason.STALE, Reason.FROZEN, Reason.WRONG_RUN, Reason.AHEAD})  # this round takes no more work from us
+OVER = frozenset({Reason.STALE, Reason.FROZEN, Reason.WRONG_RUN})  # this round takes no more work from us
+BAD_INPUT = frozenset({Reason.MALFORMED, Reason.NOT_FINITE})  # what a server says of an input that it cannot use
+MAX_REDONE = 4  # how often inputs of a microbatch are made again at once, before the servers that refuse are doubted
 BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 class RoundOver(Exception):
     """The round takes no more work of this kind: it is frozen, or history has moved on."""
+
+    def __init__(self, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+
+class _InputRefused(Exception):
+    """Servers of a stage agree that what an earlier call returned is no input for them."""
 
 
 @dataclass(slots=True)
@@ -50,7 +60,10 @@ class _Boundaries:
     labels: bytes
     x: dict[int, bytes] = field(default_factory=dict)
     dy: dict[int, bytes] = field(default_factory=dict)
-    served_by: dict[int, str] = field(default_factory=dict)  # stage -> who ran the forward
+    served_by: dict[int, str] = field(default_factory=dict)  # stage -> who ran the forward: who made x[stage + 1]
+    dy_from: dict[int, str] = field(default_factory=dict)  # stage -> who made dy[stage]
+    attempts: dict[int, int] = field(default_factory=dict)  # stage -> accumulating calls whose effect is not known
+    redone: int = 0  # how often an input was found bad and made again
     loss: float = 0.0
 
 
@@ -69,10 +82,15 @@ class Feeder:
             for call in (context.calls.forward, context.calls.backward)
         }
         self._diverged: Round | None = None  # the last round in which every server refused a microbatch as not finite
-        self.fed: Round | None = None  # the last round whose share this feeder finished
+        self.fed: Round | None = None  # the last round to which this feeder adds nothing more by itself
+        self._resumed = False  # the next round to feed may have been fed already, before this process was restarted
+        self._first_attempt = 0  # in the round under way
+        self._repair: tuple[Round, int, asyncio.Future[None]] | None = None  # the newest: round, plan, work
         self._cache: OrderedDict[tuple[Round, int], _Boundaries] = OrderedDict()
 
     def serve(self) -> None:
+        """Begin to answer; the log on this disk has been loaded."""
+        self._resumed = self._history.head.round > 0
         self._context.transport.serve(self._context.calls.repair, self._on_repair)
 
     @property
@@ -88,16 +106,24 @@ class Feeder:
         )
         mine = list(microbatches_of(self._context.me, feeders, self._context.spec.microbatches))
         self._update_routers(head)
+        self._first_attempt, self._resumed = int(self._resumed), False
+        finished: list[int] = []
         over = False
+
+        async def drive(microbatch: int) -> None:
+            await self._drive(where, head, microbatch)
+            finished.append(microbatch)
+
         try:
             if head.decision.kind != "commit":  # who served a moment ago serves now; newcomers still load their state
                 await self._await_servers(where, head)
-            await self._in_parallel(head, mine, lambda microbatch: self._drive(where, head, microbatch))
-        except* RoundOver:
-            over = True
-        if not over:
+            await self._in_parallel(head, mine, drive)
+        except* RoundOver as ended:
+            over = ended.subgroup(lambda error: isinstance(error, RoundOver) and error.frozen) is None
+        if not over and self._history.here() == where:
+            # a leader may die after its freeze: its successor need not wait for what no server takes any more
             self.fed = where
-            await self._report(where, head, tuple(mine))
+            await self._report(where, head, tuple(sorted(finished)))
 
     async def _in_parallel(
         self, head: Entry, items: Sequence[T], work: Callable[[T], Coroutine[Any, Any, None]]
@@ -186,58 +212,105 @@ class Feeder:
 
     async def _forward_to(self, where: Round, known: _Boundaries, microbatch: int, stage: int) -> None:
         """Have x of `stage`: run the forwards that are not cached."""
-        start = max(s for s in known.x if s <= stage)
-        for s in range(start, stage):
+        while stage not in known.x:
+            s = max(i for i in known.x if i < stage)
             work = Work(at=where, stage=s, microbatch=microbatch)
-            known.x[s + 1], _, known.served_by[s] = await self._call(work, known.x[s], None, None)
+            try:
+                y, _, server = await self._call(work, known, None)
+            except _InputRefused:
+                self._drop_input(known, s, back=False)
+            else:
+                known.x[s + 1], known.served_by[s] = y, server
+
+    async def _inputs(self, where: Round, known: _Boundaries, microbatch: int, stage: int) -> None:
+        """Have x and dy of `stage`: run what is not cached, without adding to any gradient."""
+        last = self._context.spec.shape.stages - 1
+        while True:
+            await self._forward_to(where, known, microbatch, stage)
+            if stage == last or stage in known.dy:
+                return
+            await self._backward(where, known, microbatch, stage + 1, accumulate=False)
 
     async def _backward(
         self, where: Round, known: _Boundaries, microbatch: int, stage: int, *, accumulate: bool
     ) -> None:
         """Backward of one stage wherever the router says, preferably where the forward ran."""
         work = Work(at=where, stage=stage, microbatch=microbatch, accumulate=accumulate)
-        await self._forward_to(where, known, microbatch, stage)
-        second = known.dy.get(stage, known.labels)
-        dx, loss, _ = await self._call(work, known.x[stage], second, known.served_by.get(stage))
-        self._keep(known, stage, dx, loss)
+        while True:
+            await self._inputs(where, known, microbatch, stage)
+            try:
+                dx, loss, server = await self._call(work, known, known.dy.get(stage, known.labels))
+            except _InputRefused:
+                self._drop_input(known, stage, back=True)
+            else:
+                return self._keep(known, stage, dx, loss, server)
 
-    def _keep(self, known: _Boundaries, stage: int, dx: bytes, loss: float) -> None:
+    def _keep(self, known: _Boundaries, stage: int, dx: bytes, loss: float, server: str) -> None:
         if stage == self._context.spec.shape.stages - 1:
             known.loss = loss
         if stage > 0:
-            known.dy[stage - 1] = dx
+            known.dy[stage - 1], known.dy_from[stage - 1] = dx, server
 
-    async def _call(self, work: Work, x: bytes, second: bytes | None, prefer: str | None) -> tuple[bytes, float, str]:
-        """Send one piece of work until a server has done it. Returns (encoded result, loss, server).
+    def _drop_input(self, known: _Boundaries, stage: int, *, back: bool) -> None:
+        """Forget what a server gave us that `stage` cannot use, and give it less to do; it will be made elsewhere.
 
-        Raises RoundOver. An answer that never came may have had its effect: the next attempt says so.
+        A backward below the last stage is refused for its dy: its x went through the forward of the same stage."""
+        known.redone += 1
+        if back and stage < self._context.spec.shape.stages - 1:
+            known.dy.pop(stage, None)
+            self._blame(stage + 1, known.dy_from.pop(stage, None))
+            known.served_by.pop(stage + 1, None)  # the same server would be preferred
+        elif stage > 0:
+            known.x.pop(stage, None)
+            self._blame(stage - 1, known.served_by.pop(stage - 1, None))
+
+    def _blame(self, stage: int, server: str | None) -> None:
+        if server is not None:
+            router, now = self._routers[stage], self._context.now()
+            router.failed(server, router.start(server, now), now)
+
+    async def _call(self, work: Work, known: _Boundaries, second: bytes | None) -> tuple[bytes, float, str]:
+        """Send one piece of work until a server has done it; `second`: dy or labels for a backward, None: a forward.
+
+        Returns (encoded result, loss, server). Raises RoundOver, or _InputRefused when two servers (or the only one)
+        say that they cannot use what another server made. An answer that never came may have had its effect: the next
+        attempt says so.
         """
         router = self._routers[work.stage]
-        attempt = 0
         failures = 0
+        refused_by: set[str] = set()
+        made = work.stage > 0 or (second is not None and work.stage < self._context.spec.shape.stages - 1)
         call = self._context.calls.forward if second is None else self._context.calls.backward
+        prefer = None if second is None else known.served_by.get(work.stage)
+        x = known.x[work.stage]
         body = pack([x] if second is None else [x, second])
         while True:
-            now = self._context.now()
-            choice = prefer if prefer is not None and failures == 0 else router.choose(now)
+            choice = prefer if prefer is not None and failures == 0 else router.choose(self._context.now())
             if choice is None:
                 await self._back_off(work.at, failures)
                 failures += 1
                 continue
+            attempt = self._first_attempt + known.attempts.get(work.stage, 0) if work.accumulate else 0
             header = work.model_copy(update={"attempt": attempt})
             try:
-                parts, loss = await self._send(router, choice, call, header, body)
+                result, loss = await self._send(router, choice, call, header, body)
             except CallError as error:
                 if error.reason in OVER and isinstance(error, Refused):
-                    raise RoundOver from error
-                if isinstance(error, Unanswered):
-                    attempt += 1
+                    raise RoundOver(frozen=error.reason is Reason.FROZEN) from error
+                if isinstance(error, Unanswered) and work.accumulate:
+                    known.attempts[work.stage] = known.attempts.get(work.stage, 0) + 1
+                if isinstance(error, Refused) and error.reason in BAD_INPUT:
+                    refused_by.add(choice)
                 failures += 1
                 self._notice_divergence(work, error, failures)
                 self._context.emit(MicrobatchRetried(work.at.round, work.microbatch, work.stage, choice, error.reason))
                 await self._back_off(work.at, failures - 1)
+                servers = len(self._history.head.servers(work.stage))
+                again = known.redone < MAX_REDONE or failures > 2 * servers
+                if made and again and len(refused_by) >= min(2, servers):
+                    raise _InputRefused from error
                 continue
-            return parts, loss, choice
+            return result, loss, choice
 
     def _notice_divergence(self, work: Work, error: CallError, failures: int) -> None:
         """One server's NaN is that server's trouble; everybody's is the run's. Told once a round."""
@@ -256,13 +329,17 @@ class Feeder:
     async def _send(
         self, router: Router, peer: str, call: Method[Work, Computed], work: Work, body: bytes
     ) -> tuple[bytes, float]:
-        """One attempt at one server, measured. Raises CallError."""
+        """One attempt at one server, measured: the encoded result (empty for the backward of stage 0) and the loss.
+        Raises CallError; an answer without a usable tensor is none."""
         deadline = self._deadlines[work.stage, call.name]
         ticket = router.start(peer, self._context.now())
         started = self._context.now()
         try:
             reply = await self._context.transport.call(peer, call, work, body, timeout_s=deadline.value())
-            parts = unpack(reply.body, max_parts=1) if reply.body else ()
+            seconds = self._context.now() - started
+            result = b""
+            if work.stage > 0 or call is self._context.calls.forward:
+                result = await self._context.run_in_thread(_tensor_in, reply.body, self._context.spec.max_body_bytes)
         except CallError as error:
             router.failed(peer, ticket, self._context.now(), penalty_s=_PENALTY_S.get(error.reason, 1.0))
             if error.reason is Reason.DEADLINE:
@@ -272,8 +349,8 @@ class Feeder:
             router.cancelled(peer, ticket)
             raise
         router.succeeded(peer, ticket, self._context.now())
-        deadline.observe(self._context.now() - started)
-        return (bytes(parts[0]) if parts else b""), reply.header.loss
+        deadline.observe(seconds)
+        return result, reply.header.loss
 
     async def _back_off(self, where: Round, failures: int) -> None:
         """Wait before the next attempt; a decided entry ends the wait, and with it the round."""
@@ -296,6 +373,12 @@ class Feeder:
             raise Refused(Reason.MALFORMED, "no such stage")
         if any(h.microbatch >= self._context.spec.microbatches for h in order_.holes):
             raise Refused(Reason.MALFORMED, "no such microbatch")
+        newest = self._repair
+        if newest is not None and newest[0] == order_.at:
+            if newest[1] > order_.plan:
+                raise Refused(Reason.FROZEN, f"plan {newest[1]}")
+            if newest[1] < order_.plan:
+                newest[2].cancel()  # no server takes anything for that plan any more
         self._update_routers(head)
         done = 0
 
@@ -305,23 +388,32 @@ class Feeder:
                 await self._fill(order_.at, head, order_.plan, hole)
                 done += 1
 
-        await self._in_parallel(head, order_.holes, fill)
+        work = asyncio.ensure_future(self._in_parallel(head, order_.holes, fill))
+        self._repair = (order_.at, order_.plan, work)
+        try:
+            await asyncio.wait([work])
+        finally:
+            work.cancel()
+        if work.cancelled():
+            raise Refused(Reason.FROZEN, "there is a newer plan")
+        work.result()
         return Reply(Repaired(done=done))
 
     async def _fill(self, where: Round, head: Entry, plan: int, hole: Hole) -> None:
         """Forward 0..s-1 without effect, backward last..s+1 without accumulating, accumulating backward at s."""
         known = await self._boundaries(where, head, hole.microbatch)
-        last = self._context.spec.shape.stages - 1
-        if hole.stage < last and hole.stage not in known.dy:
-            await self._forward_to(where, known, hole.microbatch, last)
-            for stage in range(last, hole.stage, -1):
-                if stage - 1 not in known.dy:
-                    await self._backward(where, known, hole.microbatch, stage, accumulate=False)
-        await self._forward_to(where, known, hole.microbatch, hole.stage)
+        await self._inputs(where, known, hole.microbatch, hole.stage)
         work = Work(at=where, stage=hole.stage, microbatch=hole.microbatch, plan=plan, attempt=1, accumulate=True)
         body = pack([known.x[hole.stage], known.dy.get(hole.stage, known.labels)])
-        parts, loss = await self._send(self._routers[hole.stage], hole.server, self._context.calls.backward, work, body)
-        self._keep(known, hole.stage, parts, loss)
+        try:
+            dx, loss = await self._send(
+                self._routers[hole.stage], hole.server, self._context.calls.backward, work, body
+            )
+        except Refused as refusal:
+            if refusal.reason in BAD_INPUT:
+                self._drop_input(known, hole.stage, back=True)  # for the next plan
+            raise
+        self._keep(known, hole.stage, dx, loss, hole.server)
         self._context.emit(HoleRepaired(where.round, plan, hole.stage, hole.microbatch))
 
     def forget_before(self, round_: int) -> None:
@@ -329,4 +421,16 @@ class Feeder:
             del self._cache[key]
 
 
-_PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 0.2, Reason.WRONG_STAGE: 0.2}
+def _tensor_in(body: bytes, max_elements: int) -> bytes:
+    """The one encoded tensor of an answer. Raises Unanswered: what the server did besides is not known."""
+    try:
+        parts = unpack(body, max_parts=1)
+        if len(parts) != 1:
+            raise Refused(Reason.MALFORMED, f"{len(parts)} tensors where one belongs")
+        decode(parts[0], max_elements=max_elements)
+    except Refused as refusal:
+        raise Unanswered(refusal.reason, refusal.detail) from refusal
+    return bytes(parts[0])
+
+
+_PENALTY_S = {Reason.BUSY: 0.05, Reason.NOT_READY: 0.2, Reason.WRONG_STAGE: 0.2, Reason.AHEAD: 0.2}

@@ -24,7 +24,7 @@ class History:
         self.chain = Chain(genesis)
         self._lock = asyncio.Lock()
         self._grew = asyncio.Condition()
-        self._pulling: asyncio.Task[bool] | None = None
+        self._pulls: dict[str, asyncio.Task[bool]] = {}  # by peer; one at a time each
 
     async def open(self) -> None:
         """Load what the disk holds; a bad or missing entry ends the prefix, the rest is fetched again."""
@@ -34,7 +34,7 @@ class History:
                 return
             try:
                 entry_bytes, proof = unpack(data, max_parts=2)
-                self._extend(bytes(entry_bytes), Decided.model_validate_json(bytes(proof)))
+                self._take(bytes(entry_bytes), Decided.model_validate_json(bytes(proof)))
             except (Refused, ValidationError, ValueError):
                 return
 
@@ -64,14 +64,18 @@ class History:
     async def reach(self, where: Round, timeout_s: float, source: str) -> None:
         """Like `check`, but a request from just ahead may wait for the entry that is on its way, and asks for it."""
         if where.run == self.head.run and where.round > self.head.round + 1:
-            if where.round > self.head.round + 2:
-                await self.pull(source)
-            else:
-                try:
-                    await self.beyond(where.round - 2, timeout_s)
-                except TimeoutError:
-                    await self.pull(source)
+            try:
+                if where.round > self.head.round + 2:
+                    raise TimeoutError
+                await self.beyond(where.round - 2, timeout_s)
+            except TimeoutError:
+                await self._pull_from_member(source)
         self.check(where)
+
+    async def _pull_from_member(self, peer: str) -> None:
+        """Strangers do not make us fetch; whoever joined after our head is heard through the members we know."""
+        if self.head.member(peer) is not None:
+            await self.pull(peer)
 
     async def beyond(self, round_: int, timeout_s: float | None = None) -> Entry:
         """Wait until the head is past `round_`. Raises TimeoutError."""
@@ -81,21 +85,26 @@ class History:
 
     async def learn(self, data: bytes, proof: Decided) -> bool:
         """Take a decided entry. False if it was known. Raises Refused if it does not follow or lacks votes."""
+        return await self._context.finish(self._learn(data, proof))
+
+    async def _learn(self, data: bytes, proof: Decided) -> bool:
         async with self._lock:
             try:
-                entry = self._extend(data, proof)
+                entry = self.chain.verified(data, proof, self._context.verify)
             except Refused as refusal:
                 if refusal.reason is Reason.STALE:
                     return False
                 raise
+            # on disk before anybody can see it: votes on the entry are forgotten as soon as it is seen
             await self._context.store.put(
                 f"log/{entry.round:012d}", pack([data, json.dumps(proof.model_dump(mode="json")).encode()])
             )
+            self._take(data, proof)
         async with self._grew:
             self._grew.notify_all()
         return True
 
-    def _extend(self, data: bytes, proof: Decided) -> Entry:
+    def _take(self, data: bytes, proof: Decided) -> Entry:
         entry = self.chain.extend(data, proof, self._context.verify)
         for member in entry.members:
             if member.peer != self._context.me:
@@ -105,8 +114,17 @@ class History:
 
     async def pull(self, peer: str) -> bool:
         """Fetch the entries that we miss from one peer. True if anything new came. Never raises CallError."""
+        task = self._pulls.get(peer)
+        if task is None:
+            task = self._pulls[peer] = asyncio.ensure_future(self._pull(peer))
+            task.add_done_callback(lambda _: self._pulls.pop(peer, None))
+        return await asyncio.shield(task)
+
+    async def _pull(self, peer: str) -> bool:
+        """As long as every answer brings something new."""
         grew = False
         while True:
+            before = self.head.round
             try:
                 reply = await self._context.transport.call(
                     peer,
@@ -119,7 +137,7 @@ class History:
                     grew = await self.learn(bytes(data), proof) or grew
             except (CallError, ValueError):
                 return grew
-            if self.head.round >= reply.header.head or not parts:
+            if self.head.round >= reply.header.head or self.head.round == before:
                 return grew
 
     async def _on_learn(self, request: Request[Learn]) -> Reply[Empty]:
@@ -128,7 +146,7 @@ class History:
         except Refused as refusal:
             if refusal.reason is not Reason.AHEAD:
                 raise
-            await self.pull(request.sender)
+            await self._pull_from_member(request.sender)
         return Reply(Empty())
 
     async def _on_entries(self, request: Request[EntriesFrom]) -> Reply[Entries]:

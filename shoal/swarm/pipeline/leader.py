@@ -7,7 +7,9 @@ must know is asked again from the servers, and Paxos keeps two leaders from deci
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from shoal.protocol import paxos
 from shoal.protocol.deadlines import Deadline
@@ -16,6 +18,7 @@ from shoal.protocol.events import (
     MemberAdmitted,
     MemberDropped,
     OperationTimed,
+    PeerSuspected,
     Phase,
     PlanMade,
     ProposalFailed,
@@ -35,7 +38,7 @@ from shoal.protocol.runlog import (
     StageCommit,
 )
 from shoal.protocol.sampling import beacon_for, next_beacon, order
-from shoal.protocol.transport import Empty, Reply, Request
+from shoal.protocol.transport import CallError, Empty, Refused, Reply, Request
 from shoal.swarm.pipeline.acceptor import Acceptor
 from shoal.swarm.pipeline.asking import Asker
 from shoal.swarm.pipeline.context import Context
@@ -60,11 +63,47 @@ from shoal.swarm.pipeline.messages import (
 from shoal.swarm.pipeline.proposer import Proposer
 from shoal.swarm.pipeline.roles import next_members
 
-RETRY_S = 0.1  # between two attempts to decide the same round
+RETRY_S = 0.1  # between two attempts to decide the same round; grows to LONGEST_RETRY_S
+LONGEST_RETRY_S = 1.0
+BLAMES = 3
+FRUITLESS = 25  # attempts at one round after which waiting newcomers are let in, whatever stands in the way
+HOLES_PER_REPAIR = 512  # for one feeder at a time; the next freeze shows the rest
 
 
 class Outbid(Exception):
     """Servers are frozen for a newer plan: another leader's, or ours before we were restarted."""
+
+    def __init__(self, plan: int) -> None:
+        super().__init__(f"plan {plan}")
+        self.plan = plan
+
+    @property
+    def rank(self) -> int:
+        """Whose plan it is, by its place in the order of leaders."""
+        return self.plan % paxos.RANKS
+
+
+class _Trouble:
+    """Who stood in the way of this round so far. Pure but for being counted up.
+
+    A peer that answers can still make every attempt fail: two servers that reach the leader but not each other, a disk
+    that takes nothing. The most blamed one is left out of the round after BLAMES failures; of equals, the last one.
+    """
+
+    def __init__(self) -> None:
+        self.silent: set[str] = set()  # asked twice without an answer; asked again once they answer a ping
+        self.excluded: set[str] = set()
+        self._blames: Counter[str] = Counter()
+
+    def blame(self, peers: Iterable[str], order_: Sequence[str]) -> str | None:
+        """Count one failed attempt; who is left out because of it, if anybody."""
+        self._blames.update(peers)
+        worst = max(self._blames, key=lambda p: (self._blames[p], order_.index(p) if p in order_ else -1), default=None)
+        if worst is None or self._blames[worst] < BLAMES:
+            return None
+        self._blames.clear()
+        self.excluded.add(worst)
+        return worst
 
 
 class Leader:
@@ -84,7 +123,11 @@ class Leader:
         self._proposer = Proposer(context, history, acceptor, self._asker)
         self._joiners = joiners
         self._leaving = leaving
-        self._done: dict[str, FeederDone] = {}
+        self._done: dict[str, Round] = {}
+        self._trouble = _Trouble()
+        self._attempts = 0  # freezes since we began to lead
+        self._led: Round | None = None  # the round that `_newest` is about
+        self._newest = 0  # the newest plan of the round that another leader was seen to have
         self._fed: set[str] = set()  # feeders of the round under way that said so when they were looked at
         self._usual = Deadline(context.patience.round_s, context.patience.freeze_s, context.patience.ceiling_s)
         self._news = asyncio.Event()
@@ -95,36 +138,51 @@ class Leader:
 
     async def _on_feeder_done(self, request: Request[FeederDone]) -> Reply[Empty]:
         await self._history.reach(request.header.at, self._context.patience.pong_s, request.sender)
-        self._done[request.sender] = request.header
+        feeders = self._history.head.feeders()
+        if request.sender not in feeders:
+            raise Refused(Reason.NOT_MEMBER, "not a feeder of this round")
+        self._done = {p: where for p, where in self._done.items() if p in feeders} | {request.sender: request.header.at}
         self._news.set()
         return Reply(Empty())
 
     async def lead(self, rank: int) -> None:
-        """Drive the round under way to its entry. Returns when an entry was decided (by us or by another)."""
+        """Drive the round under way to its entry. Returns when an entry was decided (by us or by another).
+
+        Raises Outbid when servers take their plans from somebody else.
+        """
         where = self._history.here()
+        if self._led != where:
+            self._led, self._newest = where, 0
         self.leading = where
         self._fed = set()
+        self._trouble = _Trouble()
+        self._attempts = 0
         self._context.emit(LeadershipTaken(where.round, rank))
-        plan = 0
+        turn = 0
         try:
             if self._history.head.round > 0:
                 await self._await_feeders(where)
             while self._history.here() == where:
-                plan += 1
-                try:
-                    if not await self._attempt(where, rank, plan * paxos.RANKS + rank):
-                        await self._pause(where)
-                except Outbid:
-                    plan *= 2  # catch up fast with a plan number that we cannot know
-                    await self._pause(where)
+                turn = max(turn, self._newest // paxos.RANKS) + 1
+                if not await self._attempt(where, rank, turn * paxos.RANKS + rank):
+                    await self._pause(where, turn)
+        except Outbid as outbid:
+            self._newest = max(self._newest, outbid.plan)
+            raise
         finally:
             self.leading = None
 
-    async def _pause(self, where: Round) -> None:
-        try:
-            await self._history.beyond(where.round - 1, RETRY_S)
-        except TimeoutError:
-            return
+    async def _pause(self, where: Round, turn: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            await self._history.beyond(where.round - 1, min(LONGEST_RETRY_S, RETRY_S * 1.2 ** min(turn, 20)))
+
+    def usual_s(self) -> float:
+        """How long to leave a round to a leader that answers: longer than rounds usually take."""
+        return 2 * self._usual.value()
+
+    def attempt_s(self) -> float:
+        """How long one attempt at a round may take: enough for the leader that we step back for."""
+        return self._asker.timeout_s(self._context.calls.reduce)
 
     # --- waiting for the feeders ------------------------------------------------------------------------------------
     async def _await_feeders(self, where: Round) -> None:
@@ -164,8 +222,7 @@ class Leader:
         return self._context.patience.misses
 
     def _finished(self, feeder: str, where: Round) -> bool:
-        done = self._done.get(feeder)
-        return feeder in self._fed or (done is not None and done.at == where)
+        return feeder in self._fed or self._done.get(feeder) == where
 
     async def _ping(self, peers: Sequence[str]) -> dict[str, Pong]:
         ping = Ping(run=self._context.spec.run)
@@ -188,10 +245,13 @@ class Leader:
         plans = [s.plan for s in states if s.plan is not None]
         holes = [Hole(stage=p.stage, microbatch=m, server=server) for p in plans for m, server in p.holes]
         self._context.emit(PlanMade(where.round, plan, len(holes), sum(p.wasted for p in plans)))
+        fruitless = plan // paxos.RANKS % FRUITLESS == 0
+        if self._joiners() and (fruitless or (holes and not self._feeders(reports))):
+            return await self._propose(where, rank, reports, Reconfigure(), (head.pin, head.candidate))
         if holes:
             await self._repair(where, plan, states, holes, reports)
             return False
-        prepared = await self._prepare_stages(where, plan, states)
+        prepared = await self._prepare_stages(where, plan, states, ranked)
         if any(len(prepared.get(s.stage, ())) < s.enough for s in states):
             return False
         return await self._commit(where, rank, plan, reports, prepared, ranked)
@@ -205,18 +265,30 @@ class Leader:
         Raises Outbid if anybody says FROZEN: who does is alive, and must not be taken for away."""
         started = self._context.now()
         freeze = Freeze(at=where, plan=plan)
-        answers = await self._asker.ask(peers, self._context.calls.freeze, lambda _: freeze)
-        if answers.refused(Reason.FROZEN):
-            raise Outbid
+        self._trouble.silent -= (await self._ping(sorted(self._trouble.silent))).keys()
+        asked = [p for p in peers if p not in self._trouble.silent]
+        answers = await self._asker.ask(asked, self._context.calls.freeze, lambda _: freeze)
         silent = [p for p, e in answers.failures.items() if e.reason is Reason.DEADLINE]
         again = await self._asker.ask(silent, self._context.calls.freeze, lambda _: freeze)
-        if again.refused(Reason.FROZEN):
-            raise Outbid
+        self._trouble.silent |= {p for p, e in again.failures.items() if e.reason is Reason.DEADLINE}
         heard = answers.headers | again.headers
-        reports = {peer: heard[peer] for peer in peers if peer in heard}
+        self._look_for_rivals(plan, heard)
+        reports = {peer: heard[peer] for peer in peers if peer in heard and peer not in self._trouble.excluded}
         self._context.emit(OperationTimed(Phase.FREEZE, self._context.now() - started))
         self._context.emit(RoundFrozen(where.round, plan, len(reports), len(peers)))
         return reports
+
+    def _look_for_rivals(self, plan: int, heard: Mapping[str, Report]) -> None:
+        """Raises Outbid if another leader froze the servers since our last attempt. Taking over from one is not that."""
+        newer = max((report.newer_plan for report in heard.values()), default=0)
+        if newer:
+            raise Outbid(newer)
+        others = [r.previous_plan for r in heard.values() if r.previous_plan % paxos.RANKS != plan % paxos.RANKS]
+        rival, first = max(others, default=0), not self._attempts
+        self._attempts += 1
+        if rival > self._newest and not first:
+            raise Outbid(rival)
+        self._newest = max(self._newest, rival)
 
     async def _cover(self, where: Round, rank: int, reports: Mapping[str, Report], missing: Sequence[int]) -> bool:
         """Some stage has no ready server: admit joiners, wait for those that catch up, or go back to the snapshot."""
@@ -250,14 +322,14 @@ class Leader:
         await self._asker.ask(
             list(drops), self._context.calls.discard, lambda peer: Discard(at=where, plan=plan, buckets=drops[peer])
         )
-        head = self._history.head
-        feeders = [p for p in head.feeders() if p in reports] or [
-            m.peer for m in head.members if m.can_feed and m.peer in reports
-        ]
+        feeders = self._feeders(reports)
         if not feeders:
             return
         turn = plan // paxos.RANKS  # another feeder every time: one that never manages must not keep the last hole
-        shares = {peer: tuple(holes[(i + turn) % len(feeders) :: len(feeders)]) for i, peer in enumerate(feeders)}
+        shares = {
+            peer: tuple(holes[(i + turn) % len(feeders) :: len(feeders)][:HOLES_PER_REPAIR])
+            for i, peer in enumerate(feeders)
+        }
         await self._asker.ask(
             [peer for peer in feeders if shares[peer]],
             self._context.calls.repair,
@@ -265,15 +337,22 @@ class Leader:
         )
         self._context.emit(OperationTimed(Phase.REPAIR, self._context.now() - started))
 
+    def _feeders(self, reports: Mapping[str, Report]) -> list[str]:
+        """Who can replay microbatches: the round's feeders that answered, else any member that has the data."""
+        head = self._history.head
+        return [p for p in head.feeders() if p in reports] or [
+            m.peer for m in head.members if m.can_feed and m.peer in reports
+        ]
+
     async def _prepare_stages(
-        self, where: Round, plan: int, states: Sequence[StageState]
+        self, where: Round, plan: int, states: Sequence[StageState], ranked: Sequence[str]
     ) -> dict[int, dict[str, PreparedReport]]:
         """Have every live server of every stage hold the stage's reduced gradient. stage -> holder -> report."""
         started = self._context.now()
         results: dict[int, dict[str, PreparedReport]] = {}
 
         async def one(state: StageState) -> None:
-            results[state.stage] = await self._prepare_stage(where, plan, state)
+            results[state.stage] = await self._prepare_stage(where, plan, state, ranked)
 
         async with asyncio.TaskGroup() as group:
             for state in states:
@@ -281,16 +360,20 @@ class Leader:
         self._context.emit(OperationTimed(Phase.REDUCE, self._context.now() - started))
         return results
 
-    async def _prepare_stage(self, where: Round, plan: int, state: StageState) -> dict[str, PreparedReport]:
+    async def _prepare_stage(
+        self, where: Round, plan: int, state: StageState, ranked: Sequence[str]
+    ) -> dict[str, PreparedReport]:
         if state.prepared is not None:
             report, holders = state.prepared
             held = dict.fromkeys(holders, report)
             lacking = [p for p in state.servers if p not in held]
             adopt = Adopt(at=where, stage=state.stage, prepared=report, donors=holders)
-            held.update((await self._asker.ask(lacking, self._context.calls.adopt, lambda _: adopt)).headers)
-            return held
+            adopted = await self._asker.ask(lacking, self._context.calls.adopt, lambda _: adopt)
+            self._note_trouble(where, adopted.failures, ranked)
+            return held | adopted.headers
         assert state.plan is not None
         chosen = dict(state.plan.chosen)
+        margin_s = self._context.patience.pong_s  # servers give up before we do, and say who was missing
         message = Reduce(
             at=where,
             plan=plan,
@@ -298,13 +381,32 @@ class Leader:
             members=tuple(Contribution(peer=p, buckets=chosen.get(p, ())) for p in state.servers),
             loss_sum=state.plan.loss_sum,
             wasted=state.plan.wasted,
+            timeout_s=max(self._context.patience.pong_s, self._asker.timeout_s(self._context.calls.reduce) - margin_s),
         )
-        replies = (await self._asker.ask(state.servers, self._context.calls.reduce, lambda _: message)).headers
+        answers = await self._asker.ask(state.servers, self._context.calls.reduce, lambda _: message)
+        self._note_trouble(where, answers.failures, ranked)
+        replies = answers.headers
         digests = {report.gradient for report in replies.values()}
         if len(digests) > 1:  # bit-equality is the all-reduce's contract; never decide on top of a breach
             self._context.emit(ProposalFailed(where.round, Reason.DIGEST_MISMATCH))
             return {}
         return replies
+
+    def _note_trouble(self, where: Round, failures: Mapping[str, CallError], ranked: Sequence[str]) -> None:
+        """One failed attempt: blame who was missed, or else who failed; leave out who fails again and again."""
+        if not failures:
+            return
+        missed = {
+            peer
+            for error in failures.values()
+            if error.reason is Reason.REDUCE_INCOMPLETE
+            for peer in error.detail.split(",")
+            if peer in ranked
+        }
+        failed = {p for p, e in failures.items() if e.reason is not Reason.REDUCE_INCOMPLETE}
+        worst = self._trouble.blame(sorted(failed or missed), ranked)
+        if worst is not None:
+            self._context.emit(PeerSuspected(worst, Reason.OBSTRUCTS))
 
     # --- deciding ---------------------------------------------------------------------------------------------------
     async def _commit(
@@ -379,7 +481,10 @@ class Leader:
         before, after = {m.peer: m for m in old.members}, {m.peer: m for m in entry.members}
         for peer in sorted(after.keys() - before.keys()):
             self._context.emit(MemberAdmitted(entry.round, peer, after[peer].stage))
+        leaving = self._leaving()
         for peer in sorted(before.keys() - after.keys()):
-            self._context.emit(MemberDropped(entry.round, peer, Reason.UNREACHABLE))
+            reason = Reason.LEFT if peer in leaving else Reason.UNREACHABLE
+            reason = Reason.OBSTRUCTS if peer in self._trouble.excluded else reason
+            self._context.emit(MemberDropped(entry.round, peer, reason))
         listeners = sorted((before.keys() | after.keys() | self._joiners().keys()) - {self._context.me})
         await self._asker.ask(listeners, self._context.calls.learn, lambda _: Learn(proof=proof), value)

@@ -10,21 +10,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shoal.protocol.runlog import MAX_ENTRY_BYTES, Count, Decided, Hex, PeerStr, Small
+from shoal.protocol.manifest import MAX_MICROBATCHES
+from shoal.protocol.runlog import MAX_ENTRY_BYTES, Count, Decided, Digest, PeerStr, Small
 from shoal.protocol.transport import Empty, Message, Method
 
 MIB = 1024 * 1024
-MAX_MICROBATCHES = 65536
-MAX_ENTRIES_PER_CALL = 64
+MAX_ENTRIES_PER_CALL = 16
 
 
 class Round(Message):
     """Which round of which history a request belongs to."""
 
-    run: Hex
+    run: Digest
     term: Count
     round: Count
-    previous: Hex
+    previous: Digest
 
 
 class Work(Message):
@@ -66,7 +66,7 @@ class BucketReport(Message):
 class PreparedReport(Message):
     """A whole reduced gradient of the round, stored. loss_sum: of the samples in it (last stage)."""
 
-    gradient: Hex
+    gradient: Digest
     plan: Count
     loss_sum: Annotated[float, Field(allow_inf_nan=False)]
     wasted: Count = 0
@@ -75,7 +75,7 @@ class PreparedReport(Message):
 class SnapshotReport(Message):
     step: Count
     stage: Small
-    digest: Hex
+    digest: Digest
 
 
 class Report(Message):
@@ -84,6 +84,8 @@ class Report(Message):
     stage: Small | None
     ready: bool
     stuck: bool  # its stage's state is not to be had from anybody it asked
+    newer_plan: Count = 0  # not 0: frozen already, for this newer plan, and nothing else is reported
+    previous_plan: Count = 0  # the plan that this freeze replaced: whose work it undid
     step: Count
     buckets: Annotated[tuple[BucketReport, ...], Field(max_length=64)] = ()
     prepared: Annotated[tuple[PreparedReport, ...], Field(max_length=64)] = ()
@@ -111,6 +113,7 @@ class Reduce(Message):
     members: Annotated[tuple[Contribution, ...], Field(min_length=1, max_length=256)]
     loss_sum: float
     wasted: Count = 0
+    timeout_s: Annotated[float, Field(gt=0, le=86400)]  # adapts: what this took before decides
 
 
 class Adopt(Message):
@@ -176,7 +179,7 @@ class Learn(Message):
 
 
 class EntriesFrom(Message):
-    run: Hex
+    run: Digest
     round: Count
 
 
@@ -190,7 +193,7 @@ class Entries(Message):
 class Join(Message):
     """A candidate, or (leave=True) a member that wants out. The body is its sealed peer record."""
 
-    run: Hex
+    run: Digest
     leave: bool = False
 
 
@@ -201,7 +204,7 @@ class Joined(Message):
 
 
 class Ping(Message):
-    run: Hex
+    run: Digest
 
 
 class Pong(Message):

@@ -7,25 +7,28 @@ at the log's step, feeds and leads the rounds that the log gives it, and returns
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from shoal.protocol.allreduce import AllReduce
-from shoal.protocol.blobs import serve_blobs
-from shoal.protocol.events import PeerSuspected, Reason
+from shoal.protocol.blobs import BlobStore, serve_blobs
+from shoal.protocol.events import PeerSuspected, Problem, Reason
 from shoal.protocol.runlog import Entry, Member
 from shoal.protocol.sampling import beacon_for, order
 from shoal.protocol.transport import CallError, Refused, Reply, Request
 from shoal.swarm.pipeline.acceptor import Acceptor
 from shoal.swarm.pipeline.context import BatchSource, Context
+from shoal.swarm.pipeline.disk import WatchedStore
 from shoal.swarm.pipeline.feeder import Feeder
 from shoal.swarm.pipeline.history import History
-from shoal.swarm.pipeline.leader import Leader
-from shoal.swarm.pipeline.messages import Join, Joined, Ping, Pong
+from shoal.swarm.pipeline.leader import Leader, Outbid
+from shoal.swarm.pipeline.messages import Join, Joined, Ping, Pong, Round
 from shoal.swarm.pipeline.server import StageServer
 from shoal.swarm.pipeline.state import StateKeeper
 from shoal.swarm.stage import StageProgram
 
 MAX_PARAMETERS = 1 << 36  # of one stage; what is reduced is cut into small chunks
+ASKS = 8  # how many times a joiner may stay silent before it is forgotten
 # Opens a sealed record of a candidate: (bytes, sender) -> member. Raises Refused.
 OpenRecord = Callable[[bytes, str], Member]
 
@@ -44,7 +47,8 @@ class PipelinePeer:
         open_record: OpenRecord,
         contacts: Callable[[], tuple[str, ...]],
     ) -> None:
-        self._context = context
+        self._disk = WatchedStore(context.store)
+        context = self._context = replace(context, store=self._disk, blobs=BlobStore(self._disk))
         self._record = record
         self._open_record = open_record
         self._contacts = contacts
@@ -66,10 +70,12 @@ class PipelinePeer:
             context, self.history, self.acceptor, lambda: dict(self._joiners), lambda: frozenset(self._leaving)
         )
 
-    async def open(self) -> None:
-        """Load what the disk holds and start to answer."""
+    async def open(self, *, forgetful: bool = False) -> None:
+        """Load what the disk holds and start to answer. `forgetful`: this identity voted before, with another disk."""
         await self.history.open()
         await self.state.open()
+        self._fresh = self.history.head.round == 0
+        await self.acceptor.open(forgetful=forgetful)
         for part in (self.history, self.acceptor, self.server, self.feeder, self.leader):
             part.serve()
         calls = self._context.calls
@@ -85,13 +91,29 @@ class PipelinePeer:
     async def run(self) -> None:
         """Until the run has had its rounds. Cancel to stop earlier; state on disk is whole at any time."""
         async with asyncio.TaskGroup() as group:
+            disk = group.create_task(self._disk.failure(), name="disk")
             keeper = group.create_task(self.state.run(), name="state")
             follower = group.create_task(self._follow(), name="follow")
             await self._rounds()
             follower.cancel()
-            await self.server.settled()
-            await self.state.idle.wait()
+            await self._settle()
             keeper.cancel()
+            disk.cancel()
+
+    async def _settle(self) -> None:
+        """After the last round: have its state, if it is still to be had."""
+        try:
+            async with asyncio.timeout(self._context.patience.ceiling_s):
+                await self.server.settled()
+                await self.state.idle.wait()
+        except TimeoutError:
+            self._context.emit(
+                Problem(
+                    Reason.NOT_FOUND,
+                    "the run is over and the last state of this stage is not to be had any more",
+                    "nothing to do here; others have it",
+                )
+            )
 
     @property
     def finished(self) -> bool:
@@ -102,14 +124,10 @@ class PipelinePeer:
     async def _rounds(self) -> None:
         while not self.finished:
             head = self.history.head
-            work = asyncio.ensure_future(self._round(head))
-            try:
+            async with asyncio.TaskGroup() as group:  # what fails in the round ends the peer at once
+                work = group.create_task(self._round(head))
                 await self.history.beyond(head.round)
-            finally:
                 work.cancel()
-                await asyncio.wait([work])
-            if not work.cancelled() and work.exception() is not None:
-                raise work.exception()  # type: ignore[misc]
             await self._entered(self.history.head)
 
     async def _round(self, head: Entry) -> None:
@@ -117,7 +135,7 @@ class PipelinePeer:
         async with asyncio.TaskGroup() as group:
             if self._context.me in head.feeders() and self.feeder.able:
                 group.create_task(self.feeder.feed(head), name="feed")
-            if self._context.me in head.committee:
+            if self._context.me in head.committee and not self.acceptor.abstains:
                 group.create_task(self._watch_and_lead(head), name="lead")
 
     async def _entered(self, head: Entry) -> None:
@@ -129,13 +147,32 @@ class PipelinePeer:
         await self.acceptor.forget(head.round + 1)
 
     async def _watch_and_lead(self, head: Entry) -> None:
-        """Lead at once if first in order, else when everybody before us is silent or takes far too long."""
+        """Lead at once if first in order, else when everybody before us is silent or takes far too long.
+
+        Two that lead at a time undo each other's freezes: who meets a newer plan steps back for as long as an attempt
+        may take, longer by its rank, and then looks again whether it is needed at all.
+        """
         where = self.history.here()
         leaders = order(head.committee, head.run, where.round, beacon_for(self.history.chain, where.round), "leader")
         rank = leaders.index(self._context.me)
+        wait_s = self.leader.usual_s() * rank
+        while True:
+            await self._await_turn(where, leaders[:rank], wait_s)
+            try:
+                return await self.leader.lead(rank)
+            except Outbid as outbid:
+                other = leaders[outbid.rank % len(leaders)]
+                if other == self._context.me or await self._ping(other) is None:
+                    wait_s = 0.0  # the plan of somebody who is gone, or ours before a restart: go above it
+                    continue
+                await asyncio.sleep(self.leader.attempt_s() * (1 + rank))
+                wait_s = max(wait_s, self.leader.attempt_s()) * 2
+
+    async def _await_turn(self, where: Round, before: Sequence[str], wait_s: float) -> None:
+        """Until everybody `before` us is away, or `wait_s` have passed."""
         patience = self._context.patience
-        deadline = self._context.now() + patience.round_s * rank
-        misses = dict.fromkeys(leaders[:rank], 0)
+        deadline = self._context.now() + wait_s
+        misses = dict.fromkeys(before, 0)
         while any(n < patience.misses for n in misses.values()) and self._context.now() < deadline:
             for peer in misses:
                 pong = await self._ping(peer)
@@ -145,7 +182,6 @@ class PipelinePeer:
                 if pong is not None and pong.round > where.round:
                     await self.history.pull(peer)
             await asyncio.sleep(patience.ping_s)
-        await self.leader.lead(rank)
 
     async def _ping(self, peer: str) -> Pong | None:
         try:
@@ -177,12 +213,14 @@ class PipelinePeer:
     # --- following ------------------------------------------------------------------------------------------------
     async def _follow(self) -> None:
         """For ever: when no entry came for a while, look whether one was missed; when not a member, ask to join."""
+        if self._fresh:
+            await self._look_for_ourselves()
         turn = 0
         while True:
             head = self.history.head
             me = head.member(self._context.me)
             others = [p for p in self._others(head) if p != self._context.me]
-            asks = me is None or self._wants_out
+            asks = me is None or self._wants_out or self.acceptor.abstains
             try:
                 wait = self._context.patience.ping_s * (1 if asks else 3)
                 if asks and others:
@@ -193,6 +231,15 @@ class PipelinePeer:
                     await self.history.pull(others[turn % len(others)])
             turn += 1
 
+    async def _look_for_ourselves(self) -> None:
+        """A peer without a log that the log already knows has lost its disk, and with it its votes."""
+        for peer in self._others(self.history.head):
+            if peer != self._context.me and await self.history.pull(peer):
+                break
+        member = self.history.head.member(self._context.me)
+        if self.history.head.round > 0 and member is not None:
+            self.acceptor.abstain(member.since)
+
     def _others(self, head: Entry) -> tuple[str, ...]:
         """Whom to ask: the committee first, then other members, then contacts from outside the log."""
         seen = dict.fromkeys((*head.committee, *(m.peer for m in head.members), *self._contacts()))
@@ -200,7 +247,7 @@ class PipelinePeer:
 
     async def _ask_in(self, peers: Collection[str]) -> None:
         """Ask peers to be let in (or out); whoever leads next must have heard it, so the whole committee is asked."""
-        message = Join(run=self._context.spec.run, leave=self._wants_out)
+        message = Join(run=self._context.spec.run, leave=self._wants_out or self.acceptor.abstains)
 
         async def one(peer: str) -> None:
             try:
@@ -220,16 +267,27 @@ class PipelinePeer:
         if request.header.run != self._context.spec.run:
             raise Refused(Reason.WRONG_RUN)
         member = self._open_record(request.body, request.sender)
-        self._context.transport.learn_address(member.peer, member.maddrs)
+        known = self.history.head.member(member.peer) is not None
         if request.header.leave:
-            self._leaving.add(member.peer)
             self._joiners.pop(member.peer, None)
+            if known:
+                self._leaving.add(member.peer)
         else:
             self._leaving.discard(member.peer)
-            limit = self._context.spec.shape.max_peers
-            if self.history.head.member(member.peer) is None and len(self._joiners) < limit:
+            room = member.peer in self._joiners or len(self._joiners) < self._context.spec.shape.max_peers
+            if not known and room:
                 self._joiners[member.peer] = member
+                # who wants in asks every ping_s: who stopped asking is away, and must not be given a place
+                asyncio.get_running_loop().call_later(ASKS * self._context.patience.ping_s, self._expire, member)
+            known = known or room
+        if known:
+            self._context.transport.learn_address(member.peer, member.maddrs)
         return Reply(Joined(head=self.history.head.round))
+
+    def _expire(self, joiner: Member) -> None:
+        """Forget a joiner unless it has asked again since."""
+        if self._joiners.get(joiner.peer) is joiner:
+            del self._joiners[joiner.peer]
 
     async def leave(self, timeout_s: float) -> bool:
         """Ask to be left out of the next round and wait for the entry that does so. False if none came in time."""

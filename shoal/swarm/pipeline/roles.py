@@ -7,10 +7,11 @@ Choices are sticky: what works stays. The coordinator serves no stage.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from shoal.protocol.runlog import COMMITTEE_SIZES, Entry, Member
+from shoal.protocol.runlog import COMMITTEE_SIZES, MAX_ENTRY_BYTES, MAX_MEMBERS, Entry, Member
 from shoal.protocol.sampling import order
 
 
@@ -47,7 +48,12 @@ def next_members(
     candidates = joiners.keys() - before - set(leaving)
     fresh = [joiners[peer] for peer in order(candidates, head.run, round_, head.beacon, "join")]
     members = dict(kept)
-    for joiner in fresh[: max(0, shape.max_peers - len(members))]:
+    seats = min(shape.max_peers, MAX_MEMBERS)
+    room = MAX_ENTRY_BYTES - _FIXED_BYTES - _STAGE_BYTES * shape.stages - sum(map(_entry_bytes, head.members))
+    for joiner in fresh:
+        room -= _entry_bytes(joiner)
+        if room < 0 or len(members) >= seats:
+            break
         members[joiner.peer] = joiner.model_copy(update={"since": round_, "stage": None, "feeder": False})
     members = _assign_stages(members, shape)
     committee, away = _choose_committee(head, shape, members, leaving)
@@ -57,6 +63,16 @@ def next_members(
             members[peer] = old.model_copy(update={"stage": None, "feeder": False})
     members = _assign_feeders(members, head, shape, away)
     return tuple(members[peer] for peer in sorted(members)), committee
+
+
+_FIXED_BYTES = 8192  # of an entry without members and stages, twice over
+_STAGE_BYTES = 512  # of a stage: its gradient, and its digests in the pin and in the candidate
+
+
+def _entry_bytes(member: Member) -> int:
+    """How many bytes an entry needs for a member at most: itself, and its name in the committee and as a holder."""
+    changes = 64  # its stage, its role and the entry that admits it may need more digits than now
+    return len(json.dumps(member.model_dump(mode="json"), separators=(",", ":"))) + 2 * len(member.peer) + changes
 
 
 def _assign_stages(members: dict[str, Member], shape: Shape) -> dict[str, Member]:

@@ -63,6 +63,7 @@ class _RoundWork:
     prepared: dict[str, PreparedReport] = field(default_factory=dict)  # gradient digest -> report
     totals: dict[str, Tensor] = field(default_factory=dict)  # reduced gradients made here, so that none is read back
     reduced: dict[int, str] = field(default_factory=dict)  # plan -> key of the reduction that was asked of us
+    adding: asyncio.Future[None] | None = None  # done when the computation that adds to a sum has ended
 
 
 class StageServer:
@@ -236,18 +237,25 @@ class StageServer:
                     if program.last
                     else program.backward(x, seed=seed, dy=second)
                 )
-                if adds:
+                body = b"" if result.dx is None else pack([encode(result.dx, self._codec)])
+                if adds:  # last: nothing can fail between the sum and the ledger
                     into = held.sums.get(bucket)
                     if into is None:
                         held.sums[bucket] = result.gradient.to(torch.float64, copy=True)
                     else:
                         into.add_(result.gradient)
-                body = b"" if result.dx is None else pack([encode(result.dx, self._codec)])
                 return body, result.losses
 
-            body, loss = await self._context.run_in_thread(compute)
             if adds:
-                held.ledger.add(bucket, work.microbatch, loss)
+                held.adding = asyncio.get_running_loop().create_future()
+            try:
+                body, loss = await self._context.run_in_thread(compute)
+                if adds:
+                    held.ledger.add(bucket, work.microbatch, loss)
+            finally:
+                if adds and held.adding is not None:
+                    held.adding.set_result(None)
+                    held.adding = None
         self._context.emit(
             BackwardServed(
                 work.at.round,
@@ -286,18 +294,18 @@ class StageServer:
                 Report(stage=self.stage, ready=False, stuck=self.stuck, step=max(0, self.step), snapshots=snapshots)
             )
         work = self._round(where)
-        if plan < work.plan:
-            raise Refused(Reason.FROZEN, f"plan {work.plan}")
+        previous = work.plan
         if plan > work.plan:
             work.plan = plan  # from here on nothing for an older plan is added
             self._cancel_reductions()
-        async with self._computing:  # let the computation under way finish, it may still add
-            buckets = tuple(
-                BucketReport(id=b.id, microbatches=b.microbatches, loss_sum=b.loss_sum) for b in work.ledger.buckets()
-            )
+        if work.adding is not None:
+            await asyncio.wait([work.adding])  # it was let in before; what still queues will find us frozen
         self._history.check(where)
         if work.plan != plan:
-            raise Refused(Reason.FROZEN, f"plan {work.plan}")
+            return Reply(Report(stage=self.stage, ready=True, stuck=False, step=self.step, newer_plan=work.plan))
+        buckets = tuple(
+            BucketReport(id=b.id, microbatches=b.microbatches, loss_sum=b.loss_sum) for b in work.ledger.buckets()
+        )
         self._context.emit(LedgerReported(where.round, plan, self.stage or 0, len(work.ledger)))
         return Reply(
             Report(
@@ -307,6 +315,7 @@ class StageServer:
                 step=self.step,
                 buckets=buckets,
                 prepared=tuple(work.prepared.values()),
+                previous_plan=previous,
                 snapshots=snapshots,
             )
         )
@@ -357,7 +366,8 @@ class StageServer:
             stage=order.stage,
         )
         try:
-            total = await self._allreduce.reduce(plan, part, timeout_s=self._context.patience.reduce_s)
+            timeout_s = min(order.timeout_s, self._context.patience.ceiling_s)
+            total = await self._allreduce.reduce(plan, part, timeout_s=timeout_s)
         except ReduceFailed as failure:
             raise Refused(Reason.REDUCE_INCOMPLETE, ",".join(failure.missing)[:200]) from failure
         report = PreparedReport(

@@ -10,11 +10,14 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from shoal.protocol.blob_fetch import FetchResult
-from shoal.protocol.blobs import decode_state, encode_state
+from shoal.protocol.blobs import BlobError, decode_state, encode_state
 from shoal.protocol.events import (
     Problem,
     Reason,
@@ -30,7 +33,7 @@ from shoal.protocol.transport import Refused
 from shoal.swarm.pipeline.context import Context
 from shoal.swarm.pipeline.history import History
 from shoal.swarm.pipeline.server import StageServer
-from shoal.swarm.stage import StageProgram
+from shoal.swarm.stage import BadState, StageProgram
 
 SNAPSHOTS_KEPT = 2
 COPIES_ELSEWHERE = 2  # peers beyond a stage's servers that keep its pinned snapshot
@@ -117,6 +120,35 @@ def keepers(chain: Chain, entry: Entry, stage: int, coordinator: str) -> tuple[s
     others = [m.peer for m in entry.members if m.stage != stage]
     ranked = order(others, entry.run, entry.round, beacon_for(chain, entry.round), f"keep {stage}")
     return tuple(sorted(ranked, key=lambda p: p != coordinator)[:COPIES_ELSEWHERE])
+
+
+def load_program(build: Callable[[int], StageProgram], stage: int, data: bytes) -> StageProgram:
+    """The program of `stage` with the state that a blob holds.
+
+    Raises Refused(MALFORMED | NOT_FINITE): a digest says which bytes they are, not that they are a state."""
+    program = build(stage)
+    try:
+        program.load_state(decode_state(data, max_bytes=len(data)))
+    except BlobError as error:
+        raise Refused(error.reason, error.detail) from error
+    except (BadState, RuntimeError) as error:
+        raise Refused(Reason.MALFORMED, str(error)[:200]) from error
+    return program
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+
+
+def _largest_difference(pair: Sequence[bytes]) -> float:
+    """Largest absolute difference between two states; infinite if they cannot be compared."""
+    try:
+        ours, theirs = (decode_state(data, max_bytes=len(data)) for data in pair)
+        return max(
+            float((ours[k].double() - theirs[k].double()).abs().max()) for k in ours if k in theirs and ours[k].numel()
+        )
+    except (BlobError, ValueError, RuntimeError):  # no state at all, nothing in common, other shapes
+        return math.inf
 
 
 def _snapshot_key(step: int, stage: int) -> str:
@@ -250,18 +282,14 @@ class StateKeeper:
                 await self._drop_snapshot(step, stage)
 
     async def _difference(self, mine: str, pinned: str) -> float:
-        """Largest absolute difference between two states; infinite if the other one is not to be had."""
+        """Largest absolute difference between two states; infinite if the other one is not to be had, or is none."""
         try:
             await self._server.fetch_blob(pinned, list(self._history.head.servers(self._server.stage or 0)))
         except Refused:
             return math.inf
         pair = [await self._context.blobs.get(digest) for digest in (mine, pinned)]
-        if pair[0] is None or pair[1] is None:
-            return math.inf
-        ours, theirs = (decode_state(data, max_bytes=len(data)) for data in pair if data is not None)
-        return max(
-            float((ours[k].double() - theirs[k].double()).abs().max()) for k in ours if k in theirs and ours[k].numel()
-        )
+        here = [data for data in pair if data is not None]
+        return await self._context.run_in_thread(_largest_difference, here) if len(here) == 2 else math.inf
 
     async def _drop_snapshot(self, step: int, stage: int) -> None:
         digest = self._server.snapshots.pop((step, stage))
@@ -307,17 +335,26 @@ class StateKeeper:
         origin = self._history.chain.commit_digest(action.step)  # now: the log may roll back meanwhile
         have = Have(action.stage, action.step, origin)
         donors = [*head.servers(action.stage), *(m.peer for m in head.members if m.stage != action.stage)]
-        await self._get(action, action.digest, donors)
-        data = await self._context.blobs.get(action.digest)
-        if data is None:
-            raise Refused(Reason.NOT_FOUND, action.digest)
-
-        def load() -> StageProgram:
-            program = self._build(action.stage)
-            program.load_state(decode_state(data, max_bytes=len(data)))
-            return program
-
-        program = await self._context.run_in_thread(load)
+        try:
+            await self._get(action, action.digest, donors)
+            data = await self._context.blobs.get(action.digest)
+            if data is None:
+                raise Refused(Reason.NOT_FOUND, action.digest)
+            program = await self._context.run_in_thread(load_program, self._build, action.stage, data)
+        except Refused as refusal:
+            pin = self._history.head.pin
+            if pin is not None and pin.digests[action.stage] == action.digest:
+                raise  # there is no other choice until the log pins another one
+            self._context.emit(
+                Problem(
+                    refusal.reason,
+                    f"this node's snapshot of step {action.step} cannot be used: {refusal.detail}",
+                    "it is deleted, and the state is made from an older one",
+                )
+            )
+            if self._server.snapshots.get((action.step, action.stage)) == action.digest:
+                await self._drop_snapshot(action.step, action.stage)
+            return
         await self._remember(have, action.digest)
         await self._install(program, have)
 
@@ -342,7 +379,21 @@ class StateKeeper:
         program = self._server.program
         assert program is not None
         started = self._context.now()
-        data = await self._context.run_in_thread(lambda: encode_state(program.state()))
+
+        def encoded() -> bytes | None:
+            state = program.state()
+            return encode_state(state) if _finite(state.values()) else None
+
+        data: bytes | None = await self._context.run_in_thread(encoded)
+        if data is None:
+            self._context.emit(
+                Problem(
+                    Reason.NOT_FINITE,
+                    f"the state after step {have.step} holds NaN or infinity: no snapshot of it is kept",
+                    "start a new run with a lower learning rate or a warm-up",
+                )
+            )
+            return
         digest = await self._context.blobs.put(data)
         await self._remember(have, digest)
         self._context.emit(SnapshotWritten(have.step, have.stage, digest, len(data), self._context.now() - started))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.protocol.events import Event, Reason
-from shoal.protocol.store import Data, MemoryStore
+from shoal.protocol.store import Data, MemoryStore, StoreError, StoreFault
 from shoal.protocol.transport import CallError, Handler, Method, Refused, Reply, Request, Unanswered
 
 
@@ -53,6 +53,7 @@ class SimNetwork:
         self.taps: list[Tap] = []
         self.slow: dict[str, float] = {}  # peer -> seconds that it takes longer for every request
         self._sides: dict[str, int] = {}
+        self.broken: set[frozenset[str]] = set()  # pairs that cannot reach each other, whatever others can
 
     def partition(self, *sides: set[str]) -> None:
         """Peers of different sides cannot reach each other; peers on no side reach everybody."""
@@ -62,6 +63,8 @@ class SimNetwork:
         self._sides = {}
 
     def cut(self, a: str, b: str) -> bool:
+        if frozenset((a, b)) in self.broken:
+            return True
         return a in self._sides and b in self._sides and self._sides[a] != self._sides[b]
 
     def tap(self, moment: Moment, caller: str, callee: str, method: str) -> None:
@@ -178,6 +181,9 @@ class SimTransport:
             except CallError as error:
                 if self.alive and not call.reply.done():
                     call.reply.set_exception(error)
+            except StoreError:  # as the real transport does with what a handler did not foresee
+                if self.alive and not call.reply.done():
+                    call.reply.set_exception(Refused(Reason.INTERNAL))
             finally:
                 if call in self._inbound:
                     self._inbound.remove(call)
@@ -239,6 +245,7 @@ class SimStore:
         self.on_corrupt = disk.on_corrupt
         self._disk = disk
         self._transport = transport
+        self.full = False
 
     def _check(self) -> None:
         if not self._transport.alive:
@@ -246,6 +253,8 @@ class SimStore:
 
     async def put(self, key: str, data: Data) -> None:
         self._check()
+        if self.full:
+            raise StoreError(StoreFault.NO_SPACE, "the simulated disk is full", "make it larger")
         await self._disk.put(key, data)
         self._check()
 

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import hmac
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,7 +23,7 @@ import torch
 from shoal.protocol.blobs import BlobStore
 from shoal.protocol.events import EntryDecided, Event
 from shoal.protocol.runlog import Commit, Entry, Member
-from shoal.protocol.store import MemoryStore
+from shoal.protocol.store import MemoryStore, StoreError
 from shoal.swarm.data import Corpus
 from shoal.swarm.optimizers import OptimizerSpec
 from shoal.swarm.pipeline.context import CodecName, Context, Patience, Spec, genesis
@@ -59,10 +59,14 @@ def verify(public_key: str, domain: str, payload: bytes, signature: bytes) -> bo
     return hmac.compare_digest(_mac(public_key, domain, payload), signature)
 
 
-async def _inline(function: Callable[..., Any], *args: Any) -> Any:
-    """A thread that takes no time: yields once, so that other tasks may come first, then computes."""
-    await asyncio.sleep(0)
-    return function(*args)
+def _thread(seconds: float) -> Callable[..., Awaitable[Any]]:
+    """A thread whose every job takes so long on the virtual clock; at 0 other tasks may still come first."""
+
+    async def run(function: Callable[..., Any], *args: Any) -> Any:
+        await asyncio.sleep(seconds)
+        return function(*args)
+
+    return run
 
 
 class World:
@@ -81,6 +85,8 @@ class World:
         snapshot_every: int = 5,
         optimizer: str = "sgd",
         max_buckets: int = 4,
+        compute_s: float = 0.0,
+        has_data: Callable[[str], bool] = lambda name: name != COORDINATOR,
         activation_codec: CodecName = "none",
         gradient_codec: CodecName = "none",
         seed: int = 0,
@@ -109,6 +115,9 @@ class World:
         data = hashlib.shake_256(f"toy {seed}".encode()).digest(4096)
         self.sequences = Corpus(bytes(b % 16 for b in data)).sequences(SEQUENCE, seed=seed)
         self.disks: dict[str, MemoryStore] = {}
+        self.stores: dict[str, SimStore] = {}  # as the newest incarnation of each peer sees its disk
+        self.compute_s = compute_s
+        self.has_data = has_data
         self.recorders: dict[str, Recorder] = {}
         self.peers: dict[str, PipelinePeer] = {}
         self.faults: list[tuple[float, str]] = []  # what was done to this world, with virtual times
@@ -137,7 +146,7 @@ class World:
         self.note(f"start {name}")
         transport = SimTransport(self.network, name)
         recorder = self.recorders.setdefault(name, Recorder())
-        store = SimStore(self.disks.setdefault(name, MemoryStore()), transport)
+        store = self.stores[name] = SimStore(self.disks.setdefault(name, MemoryStore()), transport)
 
         def emit(event: Event) -> None:
             if not transport.alive:
@@ -154,7 +163,7 @@ class World:
             store=store,
             blobs=BlobStore(store),
             emit=emit,
-            run_in_thread=_inline,
+            run_in_thread=_thread(self.compute_s),
             signer=SimSigner(name),
             verify=verify,
             calls=Methods(self.spec.max_body_bytes),
@@ -163,7 +172,7 @@ class World:
         peer = PipelinePeer(
             context,
             self._genesis,
-            data=self.sequences if name != COORDINATOR else None,
+            data=self.sequences if self.has_data(name) else None,
             build=self.build,
             record=lambda: name.encode(),
             open_record=lambda data, sender: self._member(sender),
@@ -173,7 +182,11 @@ class World:
 
         async def live() -> None:
             await peer.open()
-            await peer.run()
+            try:
+                await peer.run()
+            except* StoreError:
+                self.note(f"{name} ends: its disk failed")
+                transport.kill()
             await asyncio.Event().wait()  # goes on answering
 
         transport.spawn(live())
@@ -183,7 +196,7 @@ class World:
 
     def _member(self, name: str) -> Member:
         return Member(
-            peer=name, public_key=SimSigner(name).public_key, name=name, can_feed=name != COORDINATOR, since=0
+            peer=name, public_key=SimSigner(name).public_key, name=name, can_feed=self.has_data(name), since=0
         )
 
     def alive(self) -> list[str]:

@@ -259,3 +259,11 @@ def test_a_server_that_is_not_up_to_date_has_no_say_in_what_is_pinned() -> None:
     }
     pin = next_pin(chain_of(3), STAGES, reports, ORDER)
     assert pin is not None and pin.digests[0] == hexed("current")
+
+
+@pytest.mark.parametrize("digest", ["", "ab", "A" * 64, "0" * 63])
+def test_a_report_names_states_and_gradients_by_whole_digests_only(digest: str) -> None:
+    with pytest.raises(ValidationError):
+        SnapshotReport(step=1, stage=0, digest=digest)
+    with pytest.raises(ValidationError):
+        PreparedReport(gradient=digest, plan=8, loss_sum=1.0)

@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.protocol.runlog import Chain, Decided, Entry, Genesis, Member, Reconfigure, Vote
+from shoal.protocol.runlog import (
+    MAX_ENTRY_BYTES,
+    MAX_MEMBERS,
+    Chain,
+    Commit,
+    Decided,
+    Entry,
+    Genesis,
+    Member,
+    Pin,
+    Reconfigure,
+    StageCommit,
+    Vote,
+)
 from shoal.protocol.sampling import next_beacon
 from shoal.swarm.pipeline.roles import Shape, microbatches_of, next_members
 
@@ -205,6 +218,26 @@ def test_a_full_run_takes_nobody_in() -> None:
     everybody = {m.peer for m in history.head.members}
     assert {m.peer for m in history.enter(everybody, volunteers(20)).members} == everybody
     assert len(history.enter({COORDINATOR}, volunteers(*range(30, 40))).members) <= 4
+
+
+@pytest.mark.parametrize("stages", [1, 64])
+@pytest.mark.parametrize("long", [False, True])
+def test_whoever_asks_an_entry_stays_one_that_the_log_takes(long: bool, stages: int) -> None:
+    """Even a commit that names every server as a holder, with records as long as they may be."""
+    shape = Shape(stages, 2, 5, COORDINATOR, max_peers=4096)
+    history = History(shape)
+    words = {"name": "\U0001f41f" * 64, "maddrs": ("/" * 256,) * 8} if long else {}
+    crowd = {f"v{i:078d}": member(f"v{i:078d}", can_feed=True, **words) for i in range(600)}
+    for _ in range(3):
+        history.enter({m.peer for m in history.head.members}, crowd)
+    head = history.head
+    assert 50 < len(head.members) <= MAX_MEMBERS
+    digest = hashlib.sha256(b"").hexdigest()
+    commits = tuple(StageCommit(stage=s, gradient=digest, holders=head.servers(s)) for s in range(stages))
+    pin = Pin(step=2**62, next_sample=2**62, samples_total=2**62, digests=(digest,) * stages)
+    decision = Commit(plan=2**62, samples=2**62, loss_sum=-1.7976931348623157e300, stages=commits)
+    entry = head.model_copy(update={"round": 2**62, "decision": decision, "pin": pin, "candidate": pin})
+    assert len(entry.to_bytes()) <= MAX_ENTRY_BYTES
 
 
 @given(
