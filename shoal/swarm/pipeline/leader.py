@@ -279,7 +279,7 @@ class Leader:
         return reports
 
     def _look_for_rivals(self, plan: int, heard: Mapping[str, Report]) -> None:
-        """Raises Outbid if another leader froze the servers since our last attempt. Taking over from one is not that."""
+        """Raises Outbid if another leader froze the servers since our last attempt; taking over is not that."""
         newer = max((report.newer_plan for report in heard.values()), default=0)
         if newer:
             raise Outbid(newer)
