@@ -6,6 +6,7 @@ The demo, the process tests and the benchmarks share these: nothing is assumed t
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ def compare(
     manifest_path: Path, export_dir: Path, rounds: int, on_round: Callable[[int], None] = lambda step: None
 ) -> Comparison:
     """Train one machine for `rounds` on the manifest's samples, and hold the exported files against it."""
+    import torch
     from safetensors.torch import load_file
 
     from shoal.protocol.manifest import load_manifest
@@ -103,6 +105,8 @@ def compare(
 
     manifest = load_manifest(manifest_path)
     corpus = load_corpus(manifest.data, manifest_path.parent)
+    # half of the cores: threads that wait for one another on a busy machine take many times as long
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     reference = run_reference(manifest, corpus, rounds, on_round=lambda step, _: on_round(step), tripwire=True)
     exported = load_file(export_dir / "model.safetensors")
     assert reference.tripwire is not None
