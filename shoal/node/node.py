@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import threading
 import time
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from shoal.swarm.stage import StageProgram
 
 RECORD_LIFETIME_S = 300.0
+STORE_ID = "store-id"
 ANNOUNCE_S = 60.0
 LOOK_S = 0.2  # between two looks at what the lifecycle follows from
 KEPT_GRAPHS = 8  # forwards whose backward need not recompute them
@@ -130,6 +132,22 @@ class Node:
             self.bus.emit(Problem(Reason.INTERNAL, "fault injection is on: this node will kill itself", "a test only"))
             self.bus.subscribe(chaos)
 
+    async def _store_id(self) -> tuple[str, bool]:
+        """The id of the store that is here, and whether this identity ran before with another one.
+
+        Votes in the run log are in the store; an identity that lost it must not vote as if it had said nothing. A file
+        beside the identity remembers which store it had.
+        """
+        stored = await self.disk.get(STORE_ID)
+        try:
+            remembered = self.settings.store_id.read_text().strip()
+        except OSError:
+            remembered = ""
+        known = stored.decode("ascii", "replace") if stored is not None else secrets.token_hex(8)
+        if stored is None:
+            await self.disk.put(STORE_ID, known.encode())
+        return known, remembered not in ("", known)
+
     def _on_corrupt(self, key: str) -> None:
         self.bus.emit(Problem(Reason.BAD_DIGEST, f"a damaged file was set aside: {key}", "it is fetched again"))
 
@@ -183,7 +201,9 @@ class Node:
         self._make_peer(stack, signed)
         self.transport.serve(MANIFEST, self._on_manifest)
         self.transport.serve(STATUS, self._on_status)
-        await self._peer_of_run.open()
+        store_id, forgetful = await self._store_id()
+        await self._peer_of_run.open(forgetful=forgetful)
+        replace_file(self.settings.store_id, store_id.encode())  # only now: the store itself remembers to abstain
         await self.transport.ready()
         await self._join_dht(stack)
         await self._start_exporter(stack)

@@ -53,6 +53,11 @@ class NodeSettings:
         return self.directory / "peers.json"
 
     @property
+    def store_id(self) -> Path:
+        """Names the store that this identity has voted with; see `Node._store_id`."""
+        return self.directory / "store.id"
+
+    @property
     def sockets(self) -> Path:
         return self.directory / "run"
 

@@ -94,3 +94,16 @@ def test_a_peer_that_lost_its_disk_and_kept_its_key_leaves_and_comes_back_before
             world.verify(ROUNDS)
 
     run_virtual(main())
+
+
+def test_a_coordinator_that_lost_its_disk_does_not_begin_a_second_history(seed: int) -> None:
+    async def main() -> None:
+        async with World(seed=seed) as world:
+            await world.run_rounds(3)
+            world.kill_now("c")
+            del world.disks["c"]
+            world.start("c", forgetful=True)
+            await world.run_rounds(ROUNDS, limit_s=2000)
+            world.verify(ROUNDS)
+
+    run_virtual(main())

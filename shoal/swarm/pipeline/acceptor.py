@@ -19,6 +19,7 @@ from shoal.swarm.pipeline.history import History
 from shoal.swarm.pipeline.messages import Accept, AcceptVote, Prepare, Promise, Round
 
 FLOOR = "vote-floor"  # votes of rounds up to here were deleted
+ABSTAINS = "vote-abstains"
 NEVER = 2**62  # promised to nobody in particular: this acceptor takes no ballot of the round any more
 
 
@@ -34,15 +35,19 @@ class Acceptor:
 
     async def open(self, *, forgetful: bool) -> None:
         """Load what must not be forgotten. `forgetful`: the disk is not the one that this identity voted with."""
-        data = await self._context.store.get(FLOOR)
-        self._floor = int(data) if data is not None else -1
-        member = self._history.head.member(self._context.me)
-        if forgetful and member is not None:
-            self.abstain(member.since)
+        floor = await self._context.store.get(FLOOR)
+        self._floor = int(floor) if floor is not None else -1
+        abstains = await self._context.store.get(ABSTAINS)
+        self._forgetful_since = int(abstains) if abstains is not None else None
+        if forgetful:
+            member = self._history.head.member(self._context.me)
+            # a log that was just begun cannot tell under which admission we voted: any that it shows is suspect
+            await self.abstain(member.since if member is not None else NEVER)
 
-    def abstain(self, since: int) -> None:
+    async def abstain(self, since: int) -> None:
         """Votes given under our admission in entry `since` may be lost: give none until the log admits us anew."""
         if self._forgetful_since != since:
+            await self._context.store.put(ABSTAINS, str(since).encode())
             self._context.emit(
                 Problem(
                     Reason.NOT_FOUND,
@@ -137,6 +142,12 @@ class Acceptor:
             raise Refused(Reason.NOT_MEMBER, "not on the committee of this round")
         if self.abstains:
             raise Refused(Reason.NOT_READY, "this peer's earlier votes are lost")
+
+    async def learned(self, head: Entry) -> None:
+        """The log has come to us anew: the admission that it shows now is the one under which votes may be lost."""
+        if self._forgetful_since == NEVER and head.round > 0:
+            member = head.member(self._context.me)
+            await self.abstain(member.since if member is not None else head.round)
 
     async def forget(self, before: int) -> None:
         """Delete the votes on entries that are decided and on disk."""

@@ -238,7 +238,8 @@ class PipelinePeer:
                 break
         member = self.history.head.member(self._context.me)
         if self.history.head.round > 0 and member is not None:
-            self.acceptor.abstain(member.since)
+            await self.acceptor.abstain(member.since)
+        await self.acceptor.learned(self.history.head)
 
     def _others(self, head: Entry) -> tuple[str, ...]:
         """Whom to ask: the committee first, then other members, then contacts from outside the log."""

@@ -139,8 +139,9 @@ class World:
         await asyncio.sleep(1)
 
     # --- peers ------------------------------------------------------------------------------------------------------
-    def start(self, name: str) -> None:
-        """Start a peer, or start it again from its disk. Nothing happens if it is alive."""
+    def start(self, name: str, *, forgetful: bool = False) -> None:
+        """Start a peer, or start it again from its disk; nothing if it is alive. `forgetful`: as the daemon says
+        when it finds another disk than the one that its identity voted with."""
         if name in self.network.peers and self.network.peers[name].alive:
             return
         self.note(f"start {name}")
@@ -181,7 +182,7 @@ class World:
         self.peers[name] = peer
 
         async def live() -> None:
-            await peer.open()
+            await peer.open(forgetful=forgetful)
             try:
                 await peer.run()
             except* StoreError:
