@@ -67,6 +67,7 @@ RETRY_S = 0.1  # between two attempts to decide the same round; grows to LONGEST
 LONGEST_RETRY_S = 1.0
 BLAMES = 3
 FRUITLESS = 25  # attempts at one round after which waiting newcomers are let in, whatever stands in the way
+PATIENT = 120  # attempts, of about a second, for which the first round waits until everybody is ready
 HOLES_PER_REPAIR = 512  # for one feeder at a time; the next freeze shows the rest
 
 
@@ -239,8 +240,8 @@ class Leader:
         states = survey(spec.shape.stages, spec.microbatches, reports, ranked, plan // paxos.RANKS)
         missing = uncovered(states)
         if missing:
-            return await self._cover(where, rank, reports, missing)
-        if head.step == 0 and not self._enough_to_start(states, reports):
+            return await self._cover(where, rank, plan, reports, missing)
+        if head.step == 0 and plan // paxos.RANKS < PATIENT and not self._enough_to_start(states, reports):
             return False
         plans = [s.plan for s in states if s.plan is not None]
         holes = [Hole(stage=p.stage, microbatch=m, server=server) for p in plans for m, server in p.holes]
@@ -290,7 +291,9 @@ class Leader:
             raise Outbid(rival)
         self._newest = max(self._newest, rival)
 
-    async def _cover(self, where: Round, rank: int, reports: Mapping[str, Report], missing: Sequence[int]) -> bool:
+    async def _cover(
+        self, where: Round, rank: int, plan: int, reports: Mapping[str, Report], missing: Sequence[int]
+    ) -> bool:
         """Some stage has no ready server: admit joiners, wait for those that catch up, or go back to the snapshot."""
         head, spec = self._history.head, self._context.spec
         joiners = {p: m for p, m in self._joiners().items() if p not in reports}
@@ -304,7 +307,8 @@ class Leader:
             return await self._propose(where, rank, reports, Rollback(to_step=step), (head.pin, None))
         assigned = {s for s in missing if any(r.stage == s and not r.stuck for r in reports.values())}
         idle = any(r.stage is None and peer != spec.shape.coordinator for peer, r in reports.items())
-        if (joiners or idle) and assigned != set(missing):
+        late = plan // paxos.RANKS % FRUITLESS == 0  # those that are assigned do not get ready
+        if (joiners or idle) and (assigned != set(missing) or late):
             return await self._propose(where, rank, reports, Reconfigure(), (head.pin, head.candidate))
         return False
 

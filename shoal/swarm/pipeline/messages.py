@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shoal.protocol.manifest import MAX_MICROBATCHES
-from shoal.protocol.runlog import MAX_ENTRY_BYTES, Count, Decided, Digest, PeerStr, Small
+from shoal.protocol.runlog import MAX_ENTRY_BYTES, MAX_MEMBERS, Count, Decided, Digest, PeerStr, Small
 from shoal.protocol.transport import Empty, Message, Method
 
 MIB = 1024 * 1024
@@ -110,7 +110,7 @@ class Reduce(Message):
     at: Round
     plan: Count
     stage: Small
-    members: Annotated[tuple[Contribution, ...], Field(min_length=1, max_length=256)]
+    members: Annotated[tuple[Contribution, ...], Field(min_length=1, max_length=MAX_MEMBERS)]
     loss_sum: float
     wasted: Count = 0
     timeout_s: Annotated[float, Field(gt=0, le=86400)]  # adapts: what this took before decides
@@ -122,7 +122,7 @@ class Adopt(Message):
     at: Round
     stage: Small
     prepared: PreparedReport
-    donors: Annotated[tuple[PeerStr, ...], Field(max_length=64)]
+    donors: Annotated[tuple[PeerStr, ...], Field(max_length=MAX_MEMBERS)]
 
 
 class Hole(Message):
