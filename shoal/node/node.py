@@ -62,7 +62,7 @@ RECORD_LIFETIME_S = 300.0
 STORE_ID = "store-id"
 ANNOUNCE_S = 60.0
 LOOK_S = 0.2  # between two looks at what the lifecycle follows from
-KEPT_GRAPHS = 8  # forwards whose backward need not recompute them
+KEPT_GRAPHS = 4  # forwards whose backward need not recompute them
 
 
 class Node:

@@ -130,17 +130,23 @@ class StageProgram:
         Raises Refused: MALFORMED (shape, dtype, id outside of the vocabulary) or NOT_FINITE."""
         self._check_input(x)
         if keep and self._keep > 0:
-            leaf, output = self._run(x, seed)
-            _check_finite(output, "the output")
-            self._graphs[seed] = (x, leaf, output)
-            self._graphs.move_to_end(seed)
-            while len(self._graphs) > self._keep:
-                self._graphs.popitem(last=False)
-            return output.detach().to("cpu", copy=True)
+            try:
+                return self._forward_kept(x, seed)
+            except torch.OutOfMemoryError:
+                self.drop_cache()  # a kept graph only saves time: without any, the forward may still fit
         with torch.no_grad(), _seeded(seed, self.device):
             output = self.module(x.to(self.device))
         _check_finite(output, "the output")
         return cast(Tensor, output.to("cpu"))
+
+    def _forward_kept(self, x: Tensor, seed: int) -> Tensor:
+        """Forward that remembers its graph for the backward of the same microbatch; the oldest one is forgotten."""
+        while len(self._graphs) >= self._keep:
+            self._graphs.popitem(last=False)
+        leaf, output = self._run(x, seed)
+        _check_finite(output, "the output")
+        self._graphs[seed] = (x, leaf, output)
+        return output.detach().to("cpu", copy=True)
 
     def backward(self, x: Tensor, *, seed: int, dy: Tensor | None = None, labels: Tensor | None = None) -> Backward:
         """Recompute forward for x, then the gradients. Last stage: `labels` int64 (b, t); others: `dy` like the output.

@@ -290,3 +290,21 @@ def test_gpu_agrees_with_cpu() -> None:
         ends.append((torch.cat(gradients), losses))
     assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
     assert (ends[0][0] - ends[1][0]).abs().max() < 1e-4 * ends[0][0].abs().max()
+
+
+def test_a_forward_that_does_not_fit_beside_kept_graphs_runs_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = toy_stage(0, 0, 2, keep_graphs=2)
+    x = torch.randint(0, 16, (2, 4))
+    expected = program.forward(x, seed=1)
+    program.forward(x, seed=2, keep=True)
+    run, refused = program._run, []
+
+    def out_of_memory(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            refused.append(args)
+            raise torch.OutOfMemoryError("no room for another graph")
+        return run(*args)
+
+    monkeypatch.setattr(program, "_run", out_of_memory)
+    assert torch.equal(program.forward(x, seed=1, keep=True), expected)
+    assert refused and not program._graphs, "the kept graphs were let go"
