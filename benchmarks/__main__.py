@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME] [--quick] [--json]`: run one benchmark, or all of them."""
+"""`python -m benchmarks [NAME …] [--quick] [--json] …`: run the named benchmarks, or all; options come last."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ BENCHMARKS = {"pipeline": pipeline.main}
 
 
 def main(arguments: list[str]) -> int:
-    names = [a for a in arguments if not a.startswith("-")] or list(BENCHMARKS)
-    options = [a for a in arguments if a.startswith("-")]
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    names, options = arguments[:count] or list(BENCHMARKS), arguments[count:]
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         print(f"no benchmark {unknown[0]!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
