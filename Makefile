@@ -22,8 +22,14 @@ env: $(READY) ## make .venv with the pinned dependencies (PYTHON=… chooses the
 demo: $(READY) ## train a small model across five local peers, kill one, compare with one machine
 	@$(BIN)/shoal demo $(ARGS)
 
+# The simulation is deterministic and only computes, so it may share the cores; real processes get them for themselves.
 test: $(READY) $(INTEROP) ## run the whole test suite
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -m pytest tests/simulation --matrix shapes -n auto
+	@$(BIN)/python -m pytest --ignore tests/simulation
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: $(READY) ## ruff, mypy and the import-direction linter
 	@VENV=$(VENV) scripts/lint.sh

@@ -7,9 +7,11 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full-matrix",
-        action="store_true",
-        help="tests/simulation: the full product of kill points, victims, fates and shapes instead of a covering part",
+        "--matrix",
+        choices=("covering", "shapes", "full"),
+        default="covering",
+        help="tests/simulation: kill points with every size (covering), with every size, feeders and optimizer (shapes), "
+        "or with every victim and fate besides (full, over an hour)",
     )
 
 

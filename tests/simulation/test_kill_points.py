@@ -1,7 +1,8 @@
 """A peer dies at every point of DESIGN 4.4, in swarms of every shape: 20 rounds still equal the one machine.
 
 The default run takes every point with every swarm size, and rotates feeders, optimizers, victims and fates through
-them; `pytest tests/simulation --full-matrix` runs the whole product (about 11500 cells, more than an hour).
+them; `--matrix shapes` runs every point with every shape, `--matrix full` the whole product (about 11500 cells, over an
+hour).
 """
 
 from __future__ import annotations
@@ -67,19 +68,29 @@ def _covering_cells() -> list[Cell]:
     return cells
 
 
+def _cells_of_all_shapes() -> list[Cell]:
+    """Every point with every size, number of feeders and optimizer; deaths take turns."""
+    cells: list[Cell] = []
+    for point, size, kind in itertools.product(KILL_POINTS, SIZES, KINDS):
+        deaths = [death for death in DEATHS if _possible(point, size, death)]
+        if deaths:
+            cells.append((point, size, kind, deaths[len(cells) % len(deaths)]))
+    return cells
+
+
 def _name(cell: Cell) -> str:
     point, (stages, servers), (feeders, optimizer), (victim, fate) = cell
     return f"{point}-{victim.value}-{fate.value}-{stages}x{servers}-{feeders} feeders-{optimizer}".replace(" ", "_")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("--full-matrix", default=False)
+    matrix = metafunc.config.getoption("--matrix", default="covering")
     if "cell" in metafunc.fixturenames:
-        cells = _all_cells() if full else _covering_cells()
+        cells = {"covering": _covering_cells, "shapes": _cells_of_all_shapes, "full": _all_cells}[matrix]()
         metafunc.parametrize("cell", cells, ids=[_name(cell) for cell in cells])
     if "second_death" in metafunc.fixturenames:
         deaths = list(itertools.product(REPAIR_POINTS, Victim, Fate))
-        if not full:  # every fourth: all points, victims and fates come up
+        if matrix != "full":  # every fourth: all points, victims and fates come up
             deaths = deaths[:: len(Fate) + 1]
         ids = [f"{point}-{victim.value}-{fate.value}".replace(" ", "_") for point, victim, fate in deaths]
         metafunc.parametrize("second_death", deaths, ids=ids)
