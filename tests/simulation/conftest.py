@@ -10,7 +10,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--matrix",
         choices=("covering", "shapes", "full"),
         default="covering",
-        help="tests/simulation: kill points with every size (covering), with every size, feeders and optimizer (shapes), "
+        help="tests/simulation: kill points with every size (covering), also feeders and optimizer (shapes), "
         "or with every victim and fate besides (full, over an hour)",
     )
 
