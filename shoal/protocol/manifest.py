@@ -160,7 +160,6 @@ class AdmissionSection(Section):
 class LimitsSection(Section):
     max_peers: Annotated[int, Field(ge=1, le=MAX_MEMBERS)] = 64
     max_message_mib: Annotated[int, Field(ge=1, le=1024)] = 64
-    gradient_log: Annotated[int, Field(ge=1, le=10_000)] = 32  # rounds
 
 
 class Manifest(Section):
